@@ -1,0 +1,1 @@
+"""Images in; resumable batches of images, timesteps and noise out."""

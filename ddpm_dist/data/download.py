@@ -1,0 +1,46 @@
+"""Fetching a data set once, whoever else tries at the same moment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ddpm_dist.errors import DataError
+
+
+def download_once(name: str, root: Path) -> None:
+    """Fetch into a folder of our own, checked by torchvision's checksums, then move file by file into place.
+
+    Each move is a rename, so that a reader, another rank, node or job sees a whole file or none, and
+    whoever comes second replaces a file by an equal one.
+
+    Args:
+        name: "mnist", "fashion-mnist" or "cifar10".
+        root: data.root.
+
+    Raises:
+        DataError: says what could not be fetched or written.
+    """
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        private = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
+    except OSError as error:
+        raise DataError(f"data.root={root}: cannot be written ({error.strerror}), so {name} cannot go there") from None
+    try:
+        kind(str(private), train=True, download=True)
+        for source in sorted(path for path in private.rglob("*") if path.is_file()):
+            target = root / source.relative_to(private)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"data.name={name}: download into {root} failed ({reason}); put the files there, or set data.root"
+        ) from None
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

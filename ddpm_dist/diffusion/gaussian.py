@@ -1,0 +1,120 @@
+"""The forward process q, its posterior, and the training loss.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239). Timesteps count from 0 (the
+least noisy, the paper's t = 1) to T - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class GaussianDiffusion:
+    """Tables of one noise schedule and the formulas that use them.
+
+    Tables are made in float64 and cast once to float32, on the given device.
+
+    Args:
+        betas: float64 [T] in (0, 1).
+        device: where the tables live; inputs must be there too.
+
+    Raises:
+        ValueError: betas are not a 1-D tensor inside (0, 1).
+    """
+
+    def __init__(self, betas: Tensor, device: torch.device | str = "cpu") -> None:
+        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas: expected a 1-D tensor inside (0, 1), got shape {tuple(betas.shape)}")
+        betas = betas.double()
+        alphas = 1.0 - betas
+        alphas_cumprod = torch.cumprod(alphas, dim=0)
+        alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+
+        def table(values: Tensor) -> Tensor:
+            return values.float().to(device)
+
+        self.num_timesteps = len(betas)
+        self.betas = table(betas)
+        self.alphas_cumprod = table(alphas_cumprod)
+        self.alphas_cumprod_prev = table(alphas_cumprod_prev)
+        self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
+        self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
+        self.posterior_variance = table(posterior_variance)
+        self.posterior_mean_coef1 = table(betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod))
+        self.posterior_mean_coef2 = table((1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod))
+        self.sqrt_betas = table(betas.sqrt())
+        # x_{t-1} = (x_t - beta / sqrt(1 - alphas_cumprod) eps) / sqrt(alpha): the two factors of eq. 11.
+        self.sqrt_recip_alphas = table(alphas.rsqrt())
+        self.eps_coef = table(betas / ((1 - alphas_cumprod).sqrt() * alphas.sqrt()))
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε  (eq. 4).
+
+        Args:
+            x_start: float32 [B, ...] in [-1, 1].
+            t: int64 [B] in [0, T-1]; 0 is the least noisy.
+            noise: float32 [B, ...], standard normal.
+
+        Returns:
+            float32 [B, ...].
+        """
+        signal = _per_image(self.sqrt_alphas_cumprod, t, x_start)
+        return signal * x_start + _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+
+    def predict_start_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_0 = (x_t - sqrt(1 - ᾱ_t) ε) / sqrt(ᾱ_t)  (eq. 4 solved for x_0); not clipped.
+
+        Args:
+            x_t, eps: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps
+        return (x_t - noise) / _per_image(self.sqrt_alphas_cumprod, t, x_t)
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eqs. 6 and 7).
+
+        Args:
+            x_start, x_t: float32 [B, ...].
+            t: int64 [B] in [0, T-1]; at 0 the variance is 0 and the mean is x_start.
+
+        Returns:
+            mean float32 [B, ...]; variance float32 [B, 1, ...], broadcast over each image.
+        """
+        start = _per_image(self.posterior_mean_coef1, t, x_t) * x_start
+        mean = start + _per_image(self.posterior_mean_coef2, t, x_t) * x_t
+        return mean, _per_image(self.posterior_variance, t, x_t)
+
+    def p_mean(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """μ_θ = (x_t - β_t / sqrt(1 - ᾱ_t) ε_θ) / sqrt(α_t)  (eq. 11).
+
+        Args:
+            x_t, eps: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        return _per_image(self.sqrt_recip_alphas, t, x_t) * x_t - _per_image(self.eps_coef, t, x_t) * eps
+
+    def loss(self, eps_pred: Tensor, noise: Tensor) -> Tensor:
+        """L_simple: the mean over batch and pixels of |ε - ε_θ|²  (eq. 14).
+
+        Args:
+            eps_pred, noise: float32 [B, ...].
+
+        Returns:
+            float32 scalar.
+        """
+        return F.mse_loss(eps_pred, noise)
+
+
+def _per_image(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """table[t] as [B, 1, ..., 1], to broadcast over x."""
+    return table[t].view(-1, *[1] * (x.ndim - 1))

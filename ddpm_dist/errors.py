@@ -1,0 +1,35 @@
+"""Exit codes, and the errors that a user can mend: each is one line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """How a rank ends (sysexits.h where a meaning fits). torchrun flattens them to 1: status.json says it too."""
+
+    FINISHED = 0
+    DATA = 65  # data or checkpoint unusable
+    SOFTWARE = 70  # our fault
+    PREEMPTED = 75  # run me again
+    CONFIG = 78
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, where, and what would be valid."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class ConfigError(UserError):
+    """A key, a value, or a combination with this machine that cannot work."""
+
+
+class DataError(UserError):
+    """Images or checkpoints that are missing, truncated or not what they say they are."""
+
+    exit_code = ExitCode.DATA
+
+
+class StopRequested(Exception):
+    """Raised inside work that a stop signal may cut short (sampling, waiting); nothing is lost by it."""

@@ -1,0 +1,51 @@
+"""PNG files: grids of images, and the curves of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_dist.run.files import replacing
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """uint8 [C, H, W], C = 1 or 3, into a PNG that replaces `path` at once. Raises OSError."""
+    from torchvision.transforms.functional import to_pil_image
+
+    buffer = io.BytesIO()
+    to_pil_image(image).save(buffer, format="PNG")
+    with replacing(path) as file:
+        file.write(buffer.getvalue())
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """uint8 [N, C, H, W] as one nearly square picture. Raises OSError."""
+    from torchvision.utils import make_grid
+
+    save_png(make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2), path)
+
+
+def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss (log scale), gradient norm and learning rate over the steps of metrics.jsonl. Raises OSError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axes, (name, scale) in zip(
+        figure.subplots(1, 3), (("loss", "log"), ("grad_norm", "log"), ("lr", "linear")), strict=True
+    ):
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        axes.plot([step for step, _ in points], [value for _, value in points], linewidth=1)
+        axes.set(title=name, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    with replacing(path) as file:
+        file.write(buffer.getvalue())

@@ -1,0 +1,1 @@
+"""Networks, and the average of their weights."""

@@ -1,0 +1,104 @@
+"""The reference U-Net: three resolutions, residual blocks conv-GroupNorm(8)-SiLU, skips by concatenation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_GROUPS = 8
+
+
+class SinusoidalTimeEmbedding(nn.Module):
+    """[sin(t ω_i), cos(t ω_i)] with ω_i = 10000^(-i / (half - 1)), i = 0 .. half - 1.
+
+    Vaswani et al. 2017, section 3.5 (arXiv:1706.03762), in DDPM's form with half - 1.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / (half - 1))
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: int64 [B] -> float32 [B, dim] in [-1, 1]."""
+        angles = t[:, None].float() * self.frequencies[None]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """conv-norm-SiLU, plus the time's shift, conv-norm-SiLU, plus the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.norm2 = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.time_proj = nn.Linear(time_embed_dim, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        """x: [B, in_channels, H, W], time_embedding: [B, time_embed_dim] -> [B, out_channels, H, W]."""
+        h = F.silu(self.norm1(self.conv1(x)))
+        h = h + self.time_proj(F.silu(time_embedding))[:, :, None, None]
+        h = F.silu(self.norm2(self.conv2(self.dropout(h))))
+        return h + self.skip(x)
+
+
+class UNet(nn.Module):
+    """Predicts the noise in x_t.
+
+    Args:
+        image_channels: C of the images.
+        channels: width at full resolution; twice and four times that at half and at a quarter.
+        time_embed_dim: width of the time embedding.
+        dropout: in [0, 1), inside each residual block; the reference recipe has none.
+    """
+
+    def __init__(
+        self, image_channels: int = 1, channels: int = 64, time_embed_dim: int = 128, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.time_embedding = nn.Sequential(
+            SinusoidalTimeEmbedding(time_embed_dim),
+            nn.Linear(time_embed_dim, time_embed_dim),
+            nn.SiLU(),
+            nn.Linear(time_embed_dim, time_embed_dim),
+        )
+
+        def block(in_width: int, out_width: int) -> ResBlock:
+            return ResBlock(in_width * channels, out_width * channels, time_embed_dim, dropout)
+
+        self.in_conv = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.down1, self.down2, self.down3 = block(1, 1), block(1, 2), block(2, 4)
+        self.mid = block(4, 4)
+        self.up3, self.up2, self.up1 = block(8, 2), block(4, 1), block(2, 1)
+        self.out_conv = nn.Conv2d(channels, image_channels, 3, padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: float32 [B, C, H, W], H and W multiples of 4.
+            t: int64 [B] in [0, T-1]; 0 is the least noisy.
+
+        Returns:
+            [B, C, H, W], float32 or the autocast type.
+        """
+        time = self.time_embedding(t)
+        h1 = self.down1(self.in_conv(x), time)
+        h2 = self.down2(self.pool(h1), time)
+        h3 = self.down3(self.pool(h2), time)
+        h = self.mid(h3, time)
+        h = self.up3(torch.cat([h, h3], dim=1), time)
+        h = self.up2(torch.cat([self.upsample(h), h2], dim=1), time)
+        h = self.up1(torch.cat([self.upsample(h), h1], dim=1), time)
+        return self.out_conv(h)

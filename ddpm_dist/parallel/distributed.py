@@ -1,0 +1,319 @@
+"""What ranks do together: start and leave, train through DDP, add up, agree to stop, wait for rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, UserError
+from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
+
+T = TypeVar("T")
+BEAT_SECONDS = 1.0
+POLL_SECONDS = 0.02
+
+
+class RankZeroFailed(Exception):
+    """Rank 0 met an error and has reported it; the others leave with the same exit code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"rank 0 failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class RankLost(RuntimeError):
+    """Another rank is dead or hangs."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone: that rank has the real story."""
+    return isinstance(error, RankLost | dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    )
+
+
+def _user_error(exit_code: int, message: str) -> UserError:
+    return DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
+
+
+def pick_device(requested: str, env: RankEnvironment) -> torch.device:
+    """cuda:local_rank or cpu.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none, or the node has fewer GPUs than ranks.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cpu" or (requested == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ConfigError("train.device=cuda: this machine shows no CUDA device; valid here: auto, cpu")
+    count = torch.cuda.device_count()
+    if env.local_rank >= count:
+        raise ConfigError(f"{env.local_world_size} ranks on a node with {count} GPUs; start one rank a GPU")
+    return torch.device("cuda", env.local_rank)
+
+
+class Ranks:
+    """The ranks of one job. With one process, everything here is local and torch.distributed stays unused.
+
+    Collective methods are marked: every rank must call them in the same order.
+
+    Args:
+        env: this process among its peers.
+        device: decides the backend, NCCL for CUDA and gloo for CPU.
+        timeout_seconds: a collective that takes longer is an error, and so is a rank 0 silent for so long.
+        stop_requested: whether this process was asked to stop.
+    """
+
+    def __init__(
+        self,
+        env: RankEnvironment,
+        device: torch.device,
+        timeout_seconds: float,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.rank, self.world_size = env.rank, env.world_size
+        self.device = device
+        self._timeout_seconds = timeout_seconds
+        self._stop_requested = stop_requested
+        self._solo_count = 0
+        self.failure_is_shared = False  # whether the error that ends us is known to all ranks
+        self._pending_stop: tuple[dist.Work, Tensor] | None = None
+        if self.world_size > 1:
+            self._connect(env, timedelta(seconds=timeout_seconds))
+
+    def _connect(self, env: RankEnvironment, timeout: timedelta) -> None:
+        if env.launcher == "slurm":
+            os.environ.update(rendezvous_from_slurm())
+            os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=self.device if cuda else None,
+        )
+        # Several worlds of one are what a wrong launch looks like; training would go on, N times over.
+        assert dist.get_world_size() == self.world_size, "the process group has another size than the launcher said"
+        self._store = dist.PrefixStore("ddpm_dist", store)
+        # Flags travel on the CPU and in a group of their own, so that they never wait for a GPU.
+        self._flags = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose backward averages gradients over the ranks. Collective."""
+        if self.world_size == 1:
+            return module
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    @staticmethod
+    def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+        """Backward passes inside keep their gradients to this rank, for all micro-batches but the last."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place. Collective."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree_to_stop(self) -> bool:
+        """True on every rank at the same call, soon after any rank was asked to stop. Collective.
+
+        The answer is that of the flags at the previous call: the all-reduce runs beside the step in between,
+        so nobody waits for it.
+        """
+        if self.world_size == 1:
+            return self._stop_requested()
+        answer = self._finish_pending_stop()
+        flag = torch.tensor([int(self._stop_requested())], dtype=torch.int32)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._flags, async_op=True)
+        assert work is not None
+        self._pending_stop = (work, flag)
+        return answer
+
+    def _finish_pending_stop(self) -> bool:
+        if self._pending_stop is None:
+            return False
+        work, flag = self._pending_stop
+        self._pending_stop = None
+        work.wait()
+        return bool(flag.item())
+
+    def on_rank_zero(self, work: Callable[[Callable[[], bool]], Any]) -> Any:
+        """Rank 0 does the work alone while the others wait outside of any collective. Collective.
+
+        However long it takes, no collective times out: the others look at a key of the store, rank 0 beats
+        from a thread. If rank 0 is silent for timeout_seconds the others give up. A stop signal that reaches
+        any rank meanwhile is passed to the work, which may raise StopRequested; all ranks then see that.
+
+        Args:
+            work: called on rank 0 with `should_stop() -> bool`. What it returns must be plain JSON.
+
+        Returns:
+            what the work returned, on every rank.
+
+        Raises:
+            StopRequested: on every rank, if the work raised it.
+            RankZeroFailed: on the other ranks, if the work raised anything else (rank 0 gets that itself).
+            RankLost: on the other ranks, if rank 0 fell silent.
+        """
+        if self.world_size == 1:
+            return work(self._stop_requested)
+        self._solo_count += 1
+        name = f"solo/{self._solo_count}"
+        if not self.is_zero:
+            return self._wait_for_rank_zero(name)
+        outcome: dict[str, Any] = {"failed": ExitCode.SOFTWARE}
+        try:
+            with self._beating(name) as should_stop:
+                value = work(should_stop)
+            outcome = {"value": value}
+        except StopRequested:
+            outcome = {"stopped": True}
+            raise
+        except UserError as error:
+            outcome = {"failed": error.exit_code}
+            raise
+        finally:
+            self.failure_is_shared = "failed" in outcome
+            self._store.set(f"{name}/outcome", json.dumps(outcome))
+        return value
+
+    @contextlib.contextmanager
+    def _beating(self, name: str) -> Iterator[Callable[[], bool]]:
+        """Beats in the store until left; yields whether any rank was asked to stop."""
+        leave, stop_elsewhere = threading.Event(), threading.Event()
+
+        def beat() -> None:
+            while not leave.wait(BEAT_SECONDS):
+                self._store.add(f"{name}/beat", 1)
+                if self._store.check([f"{name}/stop"]):
+                    stop_elsewhere.set()
+
+        thread = threading.Thread(target=beat, daemon=True, name="beat")
+        thread.start()
+        try:
+            yield lambda: self._stop_requested() or stop_elsewhere.is_set()
+        finally:
+            leave.set()
+            thread.join()
+
+    def _wait_for_rank_zero(self, name: str) -> Any:
+        last_beat, last_change, told = -1, time.monotonic(), False
+        next_look = last_change
+        while not self._store.check([f"{name}/outcome"]):
+            now = time.monotonic()
+            if self._stop_requested() and not told:
+                self._store.set(f"{name}/stop", "1")
+                told = True
+            if now >= next_look:
+                next_look = now + BEAT_SECONDS
+                beat = self._store.add(f"{name}/beat", 0)
+                if beat != last_beat:
+                    last_beat, last_change = beat, now
+                elif now - last_change > self._timeout_seconds:
+                    raise RankLost(f"rank 0 has been silent for {self._timeout_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        outcome = json.loads(self._store.get(f"{name}/outcome"))
+        if "stopped" in outcome:
+            raise StopRequested
+        if "failed" in outcome:
+            self.failure_is_shared = True
+            raise RankZeroFailed(outcome["failed"])
+        return outcome["value"]
+
+    def all_succeed(self, work: Callable[[], T]) -> T:
+        """Every rank does the work; one failure is everybody's. Collective.
+
+        Returns:
+            what this rank's work returned.
+
+        Raises:
+            UserError: this rank's own (rank 0 also gets that of another rank, which it is to report).
+            RankZeroFailed: on the other ranks, if any rank failed.
+        """
+        if self.world_size == 1:
+            return work()
+        name = f"each/{self._solo_count}"
+        value, mine = None, {"failed": 0, "message": ""}
+        try:
+            value = work()
+        except UserError as error:
+            mine = {"failed": error.exit_code, "message": f"{error} (seen by rank {self.rank})"}
+        self._store.set(f"{name}/{self.rank}", json.dumps(mine))
+
+        def collect(should_stop: Callable[[], bool]) -> None:
+            names = [f"{name}/{rank}" for rank in range(self.world_size)]
+            deadline = time.monotonic() + self._timeout_seconds
+            while not self._store.check(names):
+                if time.monotonic() > deadline:
+                    raise RankLost(f"some rank has not been heard of for {self._timeout_seconds:g} s")
+                time.sleep(POLL_SECONDS)
+            for key in names:
+                outcome = json.loads(self._store.get(key))
+                if outcome["failed"]:
+                    raise _user_error(outcome["failed"], outcome["message"])
+
+        self.on_rank_zero(collect)
+        return cast(T, value)
+
+    def report_failure(self, exit_code: int, reason: str) -> None:
+        """Leave word of why this rank ends alone; rank 0 finds it in `reported_failure`."""
+        if self.world_size > 1 and not self.is_zero:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failure", json.dumps([exit_code, f"rank {self.rank}: {reason}"]))
+
+    def reported_failure(self) -> tuple[int, str] | None:
+        """(exit code, reason) of a rank that ended alone, if one left word."""
+        if self.world_size == 1:
+            return None
+        with contextlib.suppress(RuntimeError):
+            if self._store.check(["failure"]):
+                exit_code, reason = json.loads(self._store.get("failure"))
+                return exit_code, reason
+        return None
+
+    def leave(self) -> None:
+        """Ends the process group once every rank is here, so that no rank exits under another. Collective."""
+        if self.world_size == 1:
+            return
+        self._finish_pending_stop()
+        self._count_to("arrived", self.world_size)
+        if self.is_zero:
+            self._count_to("left", self.world_size)  # it may host the store, so it goes last
+        else:
+            self._store.add("left", 1)
+        dist.destroy_process_group()
+
+    def _count_to(self, key: str, number: int) -> None:
+        """Add one and wait, outside of any collective, until the key has reached the number or time is up."""
+        deadline = time.monotonic() + self._timeout_seconds
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < number and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)

@@ -1,0 +1,101 @@
+"""Which rank this process is, read from its environment. No torch is imported here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    launcher: Literal["torchrun", "slurm", "none"]
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment:
+    """torchrun's variables, else those of a SLURM step (srun), else one process.
+
+    A SLURM batch script itself is one process: only a step's tasks carry SLURM_STEP_ID.
+
+    Raises:
+        ConfigError: a variable is missing or not a number.
+    """
+    env = os.environ if environ is None else environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), "torchrun"
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        names, launcher = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ""), "slurm"
+    else:
+        return RankEnvironment(0, 0, 1, 1, "none")
+    try:
+        rank, local_rank, world_size = (int(env[name]) for name in names[:3])
+        if launcher == "slurm":
+            return RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), "slurm")
+        return RankEnvironment(rank, local_rank, world_size, int(env.get(names[3], world_size)), "torchrun")
+    except KeyError as missing:
+        raise ConfigError(f"{launcher} environment: {missing} is not set; start with torchrun or srun") from None
+    except ValueError as error:
+        raise ConfigError(f"{launcher} environment: {error}; start with torchrun or srun") from None
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    """SLURM_STEP_TASKS_PER_NODE is like `4(x2),1`; the node's index picks one."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    node = int(env.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def rendezvous_from_slurm(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for a SLURM step: the step's first node, a port from job, step and restart.
+
+    What the user has set already is kept.
+    """
+    env = os.environ if environ is None else environ
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "localhost")
+    identity = "-".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    # Below 32768, where Linux starts handing out ports to clients.
+    port = 15000 + sum(ord(char) * 31**place for place, char in enumerate(identity)) % 17000
+    return {
+        "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(nodes),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(port),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    """`gpu[03-07,9],x1` -> `gpu03`. Asks scontrol where the list is of a rarer form."""
+    simple = re.match(r"^([^\[\],]+)(?:\[(\d+)[^\]]*\])?(?:,|$)", nodes)
+    if simple:
+        return simple[1] + (simple[2] or "")
+    answer = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+    )
+    return answer.stdout.split()[0]
+
+
+def cpu_threads(world: RankEnvironment, environ: Mapping[str, str] | None = None) -> int:
+    """The cores that this rank has for itself: one thread more would run many times slower.
+
+    Never os.cpu_count: a job may use only what its affinity and SLURM_CPUS_PER_TASK allow.
+    """
+    env = os.environ if environ is None else environ
+    cores = len(os.sched_getaffinity(0))
+    per_task = env.get("SLURM_CPUS_PER_TASK", "")
+    if world.launcher == "slurm":
+        return max(1, min(cores, int(per_task or 1)))
+    if per_task.isdigit():
+        cores = min(cores, int(per_task))
+    return max(1, cores // world.local_world_size)

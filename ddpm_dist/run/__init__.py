@@ -1,0 +1,1 @@
+"""What keeps a run alive on disk and under signals."""

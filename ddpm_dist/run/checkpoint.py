@@ -1,0 +1,160 @@
+"""Checkpoints: typed plain values in `step-00000200.pt`, committed by `step-00000200.json` with their sha256.
+
+torch.load does not notice flipped bits (199 of 200 loaded silently when tried), hence the checksum of our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_dist.errors import DataError
+from ddpm_dist.run.files import TEMPORARY, read_json, replacing, sha256_of, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on. Random generators are not here: randomness is derived from the step.
+
+    Attributes:
+        step: finished steps; fixes learning rate, data position and noise.
+        model, ema, optimizer, scaler: state dicts.
+        window: float64 [3], sums since the last line of metrics.jsonl (see training.trainer).
+        config: {dotted key: value}, resolved.
+        contract: what was decided once, at step 0, and binds every later attempt.
+        format: version of this layout.
+    """
+
+    step: int
+    model: dict[str, Any]
+    ema: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    window: torch.Tensor
+    config: dict[str, Any]
+    contract: dict[str, Any]
+    format: int = FORMAT
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory. Only one process writes.
+
+    Args:
+        directory: the `checkpoints/` folder; made at the first save.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def save(self, checkpoint: Checkpoint, facts: dict[str, Any], keep_last: int) -> Path:
+        """Write, commit, then prune. After a kill at any instant the newest committed checkpoint is whole.
+
+        Args:
+            facts: plain JSON to add to the manifest (attempt, world size, versions ...).
+            keep_last: how many of the newest committed checkpoints stay.
+
+        Raises:
+            OSError: nothing was committed; older checkpoints are untouched.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self._path(checkpoint.step)
+        try:
+            with replacing(path) as file:
+                torch.save({name: getattr(checkpoint, name) for name in _FIELDS}, file)
+        except RuntimeError as error:
+            # torch wraps the file system's error in one about its zip writer.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        manifest = {"step": checkpoint.step, "size": file.size, "sha256": file.hexdigest(), **facts}
+        write_json(path.with_suffix(".json"), manifest)
+        for old in self.committed()[:-keep_last]:
+            self._manifest(old).unlink()
+            self._path(old).unlink(missing_ok=True)
+        return path
+
+    def committed(self) -> list[int]:
+        """Steps that have a manifest, ascending. Ordered by step, never by time."""
+        return sorted(_steps(self.directory, "json"))
+
+    def newest_valid(self) -> tuple[Checkpoint, str] | None:
+        """The newest checkpoint that is what its manifest says, and its sha256; None if none was committed.
+
+        Raises:
+            DataError: there are checkpoints and all of them are damaged. Starting over is for the user to say.
+        """
+        problems = []
+        for step in reversed(self.committed()):
+            try:
+                return self.load(step)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError(
+                f"no usable checkpoint in {self.directory}, so this run will not start over by itself: "
+                f"{'; '.join(problems)}. Restore one, or move the run directory away to start at step 0"
+            )
+        return None
+
+    def load(self, step: int, sha256: str | None = None) -> tuple[Checkpoint, str]:
+        """One checkpoint, verified; tensors on the CPU.
+
+        Args:
+            sha256: the digest that it must have (what rank 0 chose); None: its manifest's.
+
+        Raises:
+            DataError: says what is wrong with it.
+        """
+        path, manifest = self._path(step), read_json(self._manifest(step))
+        if manifest is None or not isinstance(manifest.get("sha256"), str):
+            raise DataError(f"{self._manifest(step).name}: unreadable manifest")
+        expected = sha256 or manifest["sha256"]
+        try:
+            if path.stat().st_size != manifest.get("size"):
+                raise DataError(f"{path.name}: {path.stat().st_size} bytes, expected {manifest.get('size')}")
+            if sha256_of(path) != expected:
+                raise DataError(f"{path.name}: its sha256 is not the manifest's, it is damaged")
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        except DataError:
+            raise
+        except FileNotFoundError:
+            raise DataError(f"{path.name}: missing") from None
+        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            raise DataError(f"{path.name}: not a checkpoint ({_first_line(error)})") from None
+        if not isinstance(values, dict) or set(values) != set(_FIELDS):
+            raise DataError(f"{path.name}: not a checkpoint of ddpm_dist")
+        if values["format"] != FORMAT:
+            raise DataError(f"{path.name}: format {values['format']}, this version reads {FORMAT}")
+        return Checkpoint(**values), expected
+
+    def sweep(self) -> None:
+        """Remove what killed saves left behind: temporary files, and files that were never committed."""
+        for leftover in self.directory.glob(f".*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+        for step in _steps(self.directory, "pt") - _steps(self.directory, "json"):
+            self._path(step).unlink(missing_ok=True)
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.pt"
+
+    def _manifest(self, step: int) -> Path:
+        return self._path(step).with_suffix(".json")
+
+
+_FIELDS = tuple(item.name for item in dataclasses.fields(Checkpoint))
+
+
+def _steps(directory: Path, suffix: str) -> set[int]:
+    found = (re.fullmatch(rf"step-(\d{{8,}})\.{suffix}", path.name) for path in directory.glob(f"step-*.{suffix}"))
+    return {int(match[1]) for match in found if match}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,0 +1,135 @@
+"""The run directory: what a run is (config.yaml), how it fares (status.json), and whether it may go on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ddpm_dist.config import Config, changes, load_config, to_yaml
+from ddpm_dist.errors import ConfigError, DataError, ExitCode
+from ddpm_dist.run.files import read_json, replacing, write_json
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+class RunDirectory:
+    """Files of one run below run.root. Only rank 0 writes.
+
+    Args:
+        path: run.root/run.name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.status_file = path / "status.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.mlflow_file = path / "mlflow.json"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written.
+
+        Raises:
+            ConfigError: it cannot; or a symbolic link leads out of run.root.
+        """
+        root = self.path.parent
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"run.root={root}: cannot write {self.path} ({error.strerror}); give a writable folder"
+            ) from None
+        self.refuse_links()
+
+    def refuse_links(self) -> None:
+        """Raises ConfigError where the run directory or a folder inside is a link that leads out of run.root."""
+        root = self.path.parent.resolve()
+        for folder in (self.path, self.checkpoints, self.samples):
+            if folder.exists() and not folder.resolve().is_relative_to(root):
+                raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json, or {} before the first attempt."""
+        return read_json(self.status_file) or {}
+
+    def read_config(self) -> Config:
+        """The config of this run.
+
+        Raises:
+            DataError: there is no run here.
+            ConfigError: config.yaml is not one.
+        """
+        if not self.config_file.exists():
+            raise DataError(f"{self.path}: no run here (no config.yaml)")
+        return load_config(self.config_file)
+
+    def reconcile(self, config: Config) -> list[str]:
+        """Compare with the config that this run was started with; the new one is saved by `write_config`.
+
+        Returns:
+            the differences that may be, as `key: old -> new`.
+
+        Raises:
+            ConfigError: a key that shapes what is learned differs; all such keys are named.
+        """
+        if not self.config_file.exists():
+            return []
+        refused, free = changes(self.read_config(), config)
+        if refused:
+            raise ConfigError(
+                f"{self.path} was started with another config: {'; '.join(refused)}. "
+                "Give the old values to go on, or another run.name to start anew"
+            )
+        return free
+
+    def write_config(self, config: Config) -> None:
+        with replacing(self.config_file) as file:
+            file.write(to_yaml(config).encode())
+
+
+@dataclass
+class Attempt:
+    """One life of a run, from start to exit; keeps status.json true.
+
+    Attributes:
+        number: from 1.
+        target: the step at which the run is finished.
+        saved_step: the newest committed checkpoint's step; None before the first. A later attempt that finds
+            no checkpoint although one was saved refuses to start at 0.
+    """
+
+    directory: RunDirectory
+    number: int
+    target: int
+    world_size: int
+    saved_step: int | None
+
+    def write(self, state: State, step: int, reason: str, exit_code: ExitCode | None = None) -> None:
+        """Raises OSError if status.json cannot be written; the old one stays then."""
+        write_json(
+            self.directory.status_file,
+            {
+                "state": state,
+                "step": step,
+                "attempt": self.number,
+                "reason": reason,
+                "exit_code": None if exit_code is None else int(exit_code),
+                "target": self.target,
+                "saved_step": self.saved_step,
+                "world_size": self.world_size,
+                "time": time.time(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            },
+        )

@@ -1,0 +1,62 @@
+"""metrics.jsonl: one JSON object a line, written at once. The truth about a run's curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends lines. Each is one write, so that a kill tears at most the last one.
+
+    Args:
+        path: metrics.jsonl.
+
+    Raises:
+        OSError: it cannot be opened for appending.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")  # ends a torn line, so that ours starts afresh
+
+    def append(self, record: dict[str, Any]) -> None:
+        os.write(self._descriptor, (json.dumps(record) + "\n").encode())
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """(record, offset after it) of each whole line from a byte offset on; torn lines are passed over."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # still being written, or torn by a kill and not yet ended
+            offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "step" in record:
+                yield record, offset
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """One record a step, ascending; where a step was trained again after a kill, its last line counts."""
+    by_step = {record["step"]: record for record, _ in read_lines(path)}
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,83 @@
+"""Train a diffusion model: the same command starts, resumes and finishes a run.
+
+    torchrun --nproc_per_node 4 -m ddpm_dist.train
+    torchrun --nproc_per_node 4 -m ddpm_dist.train --config configs/mnist.yaml optim.lr=1e-4
+    python -m ddpm_dist.train train.max_steps=100
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
+from ddpm_dist.errors import UserError
+from ddpm_dist.parallel.environment import RankEnvironment, read_environment
+from ddpm_dist.run.preemption import StopSignal
+
+EPILOG = """\
+Stop it with Ctrl-C or SIGTERM (it saves and exits 75); the same command goes on at the very next step.
+Exit codes: 0 finished, 75 preempted, 78 configuration, 65 data or checkpoint unusable, 70 our fault.
+From a checkout, launch/torchrun.sh starts one rank per GPU or core.
+"""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_dist.train",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--help-config", action="store_true", help="list all config keys with defaults and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if args.help_config:
+        print(describe_keys())
+        return 0
+    try:
+        config = load_config(args.config, args.overrides)
+        env = read_environment()
+        check_world_size(config, env.world_size)
+    except UserError as error:
+        return _refuse(error)
+    if args.dry_run:
+        print(to_yaml(config), end="")
+        return 0
+    return _train(config, env)
+
+
+def _refuse(error: UserError) -> int:
+    """Every rank finds the same error; rank 0 says it."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        time.sleep(2)  # the first rank to exit has the launcher kill the others: let rank 0 speak first
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _train(config: Config, env: RankEnvironment) -> int:
+    # Before torch is imported: a signal that arrives meanwhile is remembered.
+    stop = StopSignal().install(under_launcher=env.launcher != "none")
+    from ddpm_dist.training.job import explain, run_job
+
+    try:
+        return run_job(config, env, stop)
+    except Exception as error:
+        code, text = explain(error, env.rank)
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

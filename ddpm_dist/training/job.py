@@ -1,0 +1,318 @@
+"""One attempt at a run: decide where it stands, build the parts, train, leave the truth on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddpm_dist.config import Config, check_world_size, to_yaml
+from ddpm_dist.data import datasets
+from ddpm_dist.data.batches import StepBatches, iterate
+from ddpm_dist.data.datasets import Images
+from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.schedules import linear_betas
+from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
+from ddpm_dist.evaluation.pictures import save_curves
+from ddpm_dist.models.ema import EMA
+from ddpm_dist.models.unet import UNet
+from ddpm_dist.parallel.distributed import RankZeroFailed, Ranks, is_lost_contact, pick_device
+from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
+from ddpm_dist.parallel.rng import derive_seed
+from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.preemption import StopSignal
+from ddpm_dist.tracking.journal import Journal, read_metrics
+from ddpm_dist.tracking.process import ShipperProcess
+from ddpm_dist.training.loop import Loop
+from ddpm_dist.training.optim import build_optimizer
+from ddpm_dist.training.precision import Numerics, configure_backends, resolve
+from ddpm_dist.training.progress import Progress
+from ddpm_dist.training.trainer import Trainer
+
+
+def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
+    """Start, resume or finish the run. Every rank calls it.
+
+    Returns:
+        FINISHED or PREEMPTED.
+
+    Raises:
+        UserError: what the user can mend; reported on rank 0 by the caller.
+        RankZeroFailed: on other ranks, for what rank 0 reports.
+    """
+    check_world_size(config, env.world_size)
+    device = pick_device(config.train.device, env)
+    configure_backends(config.train, config.train.threads or cpu_threads(env))
+    ranks = Ranks(env, device, config.distributed.timeout_seconds, stop.requested)
+    job = Job(config, ranks, stop)
+    try:
+        code = job.run()
+    except BaseException as error:
+        job.fail(error)
+        if ranks.failure_is_shared:
+            ranks.leave()
+        raise
+    ranks.leave()
+    job.wait_for_tracking(code)
+    return code
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands, as rank 0 found it. Plain JSON, since it travels to the others."""
+
+    finished: bool
+    attempt: int
+    saved_step: int | None
+    sha256: str | None
+    changed: list[str]
+
+
+class Job:
+    """The parts of one attempt, in the order in which they come into being."""
+
+    def __init__(self, config: Config, ranks: Ranks, stop: StopSignal) -> None:
+        self.config, self.ranks, self.stop = config, ranks, stop
+        self.directory = RunDirectory(config.directory)
+        self.store = CheckpointStore(self.directory.checkpoints)
+        self.attempt: Attempt | None = None
+        self.trainer: Trainer | None = None
+        self.shipper: ShipperProcess | None = None
+
+    def run(self) -> ExitCode:
+        config, ranks = self.config, self.ranks
+        ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
+        images = ranks.all_succeed(lambda: datasets.load(config.data))
+        steps_per_epoch = len(images) // config.data.batch_size
+        target = config.train.max_steps or config.train.epochs * steps_per_epoch
+
+        start = Start(**ranks.on_rank_zero(lambda should_stop: dataclasses.asdict(self._find_start(target))))
+        if start.finished:
+            if ranks.is_zero:
+                print(f"{self.directory.path} is finished: step {start.saved_step} of {target}; nothing to do")
+            return ExitCode.FINISHED
+        checkpoint = ranks.all_succeed(lambda: self._load(start))
+        numerics, contract = ranks.all_succeed(lambda: self._contract(images, target, checkpoint))
+
+        self.attempt = Attempt(self.directory, start.attempt, target, ranks.world_size, start.saved_step)
+        step = checkpoint.step if checkpoint else 0
+        with self._outputs(step, start) as (journal, progress):
+            loop = self._build(images, numerics, contract, checkpoint, journal, progress)
+            return self.end(ExitCode.FINISHED if loop.fit() else ExitCode.PREEMPTED)
+
+    def _find_start(self, target: int) -> Start:
+        """Rank 0: may this run go on, and from where? Writes nothing where the run is finished."""
+        self.directory.refuse_links()
+        changed = self.directory.reconcile(self.config)
+        status = self.directory.read_status()
+        saved = status.get("saved_step")
+        if status.get("state") == "finished" and saved is not None and saved >= target:
+            return Start(True, status["attempt"], saved, None, [])
+        self.directory.create()
+        found = self.store.newest_valid()
+        if found is None and saved is not None:
+            raise DataError(
+                f"{self.store.directory}: no checkpoint, although status.json says that step {saved} was saved; "
+                "restore it, or move the run directory away to start at step 0"
+            )
+        self.store.sweep()
+        attempt = int(status.get("attempt", 0)) + 1
+        if found is None:
+            return Start(False, attempt, None, None, changed)
+        checkpoint, sha256 = found
+        return Start(False, attempt, checkpoint.step, sha256, changed)
+
+    def _load(self, start: Start) -> Checkpoint | None:
+        """Exactly the checkpoint that rank 0 chose, by step and hash."""
+        if start.saved_step is None:
+            return None
+        return self.store.load(start.saved_step, start.sha256)[0]
+
+    def _contract(
+        self, images: Images, target: int, checkpoint: Checkpoint | None
+    ) -> tuple[Numerics, dict[str, Any]]:
+        """What is decided once and binds every attempt.
+
+        Raises:
+            ConfigError, DataError: this attempt would change it.
+        """
+        decay_steps = None
+        if self.config.optim.schedule == "cosine":
+            decay_steps = self.config.optim.decay_steps or target
+        derived = {
+            "image_shape": list(images.shape),
+            "num_images": len(images),
+            "images": images.fingerprint,
+            "decay_steps": decay_steps,
+        }
+        if checkpoint is None:
+            numerics = resolve(self.config.train, self.ranks.device)
+            return numerics, {**derived, **dataclasses.asdict(numerics)}
+        contract = checkpoint.contract
+        if contract["decay_steps"] != decay_steps:
+            raise ConfigError(
+                f"the cosine of this run ends at step {contract['decay_steps']}, and a target of {target} steps "
+                f"would move it to {decay_steps}: learning rates already used would have been others; "
+                "only a run that was started with a fixed optim.decay_steps can be prolonged"
+            )
+        for name in ("image_shape", "num_images", "images"):
+            if contract[name] != derived[name]:
+                raise DataError(
+                    f"data.root={self.config.data.root}: not the images that this run was trained on "
+                    f"({name}: {contract[name]} -> {derived[name]})"
+                )
+        choices = {item.name: contract[item.name] for item in dataclasses.fields(Numerics)}
+        return Numerics(**choices), contract
+
+    @contextlib.contextmanager
+    def _outputs(self, step: int, start: Start) -> Iterator[tuple[Journal | None, Progress]]:
+        """Rank 0's files and words; nothing on other ranks."""
+        assert self.attempt is not None
+        progress = Progress(self.ranks.is_zero, step, self.attempt.target)
+        if not self.ranks.is_zero:
+            yield None, progress
+            return
+        self.attempt.write("running", step, "training")
+        self.directory.write_config(self.config)
+        journal = Journal(self.directory.metrics_file)
+        progress.say(to_yaml(self.config).rstrip())
+        for change in start.changed:
+            progress.say(f"changed: {change}")
+        begun = f"resumes at step {step}" if step else "starts at step 0"
+        progress.say(
+            f"{self.directory.path}: attempt {start.attempt} {begun} of {self.attempt.target}, "
+            f"{self.ranks.world_size} rank(s) on {self.ranks.device.type}, {torch.get_num_threads()} thread(s) each"
+        )
+        if self.config.tracking.enabled:
+            self.shipper = ShipperProcess.start(self.directory.path)
+        try:
+            yield journal, progress
+        finally:
+            progress.close()
+            journal.close()
+
+    def _build(
+        self,
+        images: Images,
+        numerics: Numerics,
+        contract: dict[str, Any],
+        checkpoint: Checkpoint | None,
+        journal: Journal | None,
+        progress: Progress,
+    ) -> Loop:
+        config, ranks = self.config, self.ranks
+        assert self.attempt is not None
+        per_rank = config.elastic.shards // ranks.world_size
+        shards = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+        torch.manual_seed(derive_seed(config.run.seed, "weights"))
+        model = UNet(
+            images.shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout
+        ).to(ranks.device)
+        if numerics.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        betas = linear_betas(
+            config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end
+        )
+        self.trainer = Trainer(
+            config=config,
+            ranks=ranks,
+            numerics=numerics,
+            diffusion=GaussianDiffusion(betas, ranks.device),
+            model=model,
+            ema=EMA(model, config.ema.decay),
+            optimizer=build_optimizer(model, config.optim),
+            first_shard=shards.start,
+            decay_steps=contract["decay_steps"] or 0,
+        )
+        if checkpoint is not None:
+            self.trainer.load(checkpoint)
+        batches = StepBatches(
+            images,
+            seed=config.run.seed,
+            batch_size=config.data.batch_size,
+            num_shards=config.elastic.shards,
+            shards=shards,
+            num_timesteps=config.diffusion.num_timesteps,
+            flip=config.data.flip,
+        )
+        num_workers = images.num_workers if config.data.num_workers is None else config.data.num_workers
+        return Loop(
+            trainer=self.trainer,
+            batches=iterate(
+                batches,
+                self.trainer.step,
+                self.attempt.target,
+                num_workers,
+                pin_memory=ranks.device.type == "cuda",
+            ),
+            steps_per_epoch=batches.steps_per_epoch,
+            contract=contract,
+            directory=self.directory,
+            store=self.store,
+            attempt=self.attempt,
+            journal=journal,
+            progress=progress,
+            image_shape=images.shape,
+        )
+
+    def end(self, code: ExitCode) -> ExitCode:
+        """Rank 0: say on disk and on the terminal how this attempt ended."""
+        if self.attempt is None or not self.ranks.is_zero:
+            return code
+        step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
+        finished = code == ExitCode.FINISHED
+        signal = self.stop.received.name if self.stop.received else "a signal to another rank"
+        reason = "target reached" if finished else f"stopped by {signal}"
+        if finished:
+            with contextlib.suppress(OSError):  # a picture is no reason to fail a run that is safe on disk
+                save_curves(read_metrics(self.directory.metrics_file), self.directory.path / "curves.png")
+        self.attempt.write("finished" if finished else "preempted", step, reason, code)
+        print(f"{self.directory.path}: {reason} at step {step}", flush=True)
+        if finished:
+            self._say_where_things_are(step)
+        return code
+
+    def _say_where_things_are(self, step: int) -> None:
+        print(f"  pictures  {self.directory.samples}/step-{step:08d}.png, {self.directory.path}/curves.png")
+        print(f"  run       {self.directory.path}  (more images: python -m ddpm_dist.sample {self.directory.path})")
+        if self.shipper is not None:
+            print(f"  MLflow    {self.shipper.how_to_look()}", flush=True)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave word of an error: status.json on rank 0, the store on others."""
+        code = getattr(error, "exit_code", ExitCode.SOFTWARE)
+        reason = " ".join(f"{type(error).__name__}: {error}".split()) if code == ExitCode.SOFTWARE else str(error)
+        if not self.ranks.is_zero:
+            if not isinstance(error, RankZeroFailed) and not is_lost_contact(error):
+                self.ranks.report_failure(int(code), reason)
+            return
+        if is_lost_contact(error):
+            code, reason = self.ranks.reported_failure() or (code, f"lost contact to another rank ({reason})")
+        if self.attempt is not None:
+            step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
+            with contextlib.suppress(OSError):
+                self.attempt.write("failed", step, reason, ExitCode(code))
+
+    def wait_for_tracking(self, code: ExitCode) -> None:
+        """Give the shipper a moment to deliver the end of a finished run. After a stop, time is short."""
+        if self.shipper is not None and code == ExitCode.FINISHED:
+            self.shipper.wait(timeout_seconds=60)
+
+
+def explain(error: BaseException, rank: int) -> tuple[int, str]:
+    """(exit code, what to print) for an error that ends this rank."""
+    if isinstance(error, RankZeroFailed):
+        return error.exit_code, ""
+    if isinstance(error, UserError):
+        return error.exit_code, f"error: {error}"
+    if is_lost_contact(error):
+        return ExitCode.SOFTWARE, f"error: rank {rank} lost contact to another rank: {' '.join(str(error).split())}"
+    return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
+
+

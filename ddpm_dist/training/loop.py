@@ -1,0 +1,160 @@
+"""The loop around the step: when to log, to draw, to save, to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ddpm_dist
+from ddpm_dist.data.batches import Batch
+from ddpm_dist.errors import StopRequested
+from ddpm_dist.evaluation.pictures import save_grid
+from ddpm_dist.evaluation.sampling import sample_blocks
+from ddpm_dist.run.checkpoint import CheckpointStore
+from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.tracking.journal import Journal
+from ddpm_dist.training.progress import Progress
+from ddpm_dist.training.trainer import Trainer
+
+
+@dataclass
+class Loop:
+    """Trains from where the trainer stands to the target; everything on disk goes through rank 0.
+
+    Attributes:
+        batches: from the trainer's step on.
+        contract: what binds every attempt; into each checkpoint.
+        attempt: this life of the run.
+        journal: metrics.jsonl; None on other ranks than 0.
+        image_shape: (C, H, W).
+    """
+
+    trainer: Trainer
+    batches: Iterator[Batch]
+    steps_per_epoch: int
+    contract: dict[str, Any]
+    directory: RunDirectory
+    store: CheckpointStore
+    attempt: Attempt
+    journal: Journal | None
+    progress: Progress
+    image_shape: tuple[int, int, int]
+
+    def fit(self) -> bool:
+        """Train to the target, or until any rank is asked to stop. Collective.
+
+        Returns:
+            True if the run is finished, False if it was stopped; its last step is saved either way.
+        """
+        config, trainer = self.trainer.config, self.trainer
+        self._restart_clock()
+        try:
+            self._preview_if_due()  # the last attempt may have been stopped while it drew
+            while trainer.step < self.attempt.target:
+                if trainer.ranks.agree_to_stop():
+                    raise StopRequested
+                trainer.train_step(next(self.batches))
+                if trainer.step % config.train.log_every == 0 or trainer.step == self.attempt.target:
+                    self._log()
+                if trainer.step % config.checkpoint.every == 0 or trainer.step == self.attempt.target:
+                    self._save()
+                self._preview_if_due()
+        except StopRequested:
+            self._save()
+            return False
+        return True
+
+    def _log(self) -> None:
+        trainer, step = self.trainer, self.trainer.step
+        lr = trainer.optimizer.param_groups[0]["lr"]
+        means = trainer.take_means()
+        images = (step - self._clock_step) * trainer.config.data.batch_size
+        record = {
+            "step": step,
+            "epoch": round(step / self.steps_per_epoch, 4),
+            "attempt": self.attempt.number,
+            "time": time.time(),
+            "loss": means.loss,
+            "lr": lr,
+            "grad_norm": means.grad_norm,
+            "images_per_second": round(images / (time.perf_counter() - self._clock_start), 1),
+        }
+        self._restart_clock()
+        if self.journal is not None:
+            self.journal.append(record)
+            self.progress.update(record)
+
+    def _restart_clock(self) -> None:
+        self._clock_start, self._clock_step = time.perf_counter(), self.trainer.step
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Time spent inside does not count against images per second."""
+        before = time.perf_counter()
+        yield
+        self._clock_start += time.perf_counter() - before
+
+    def _save(self) -> None:
+        """Commit a checkpoint of this step, once."""
+        if self.attempt.saved_step == self.trainer.step:
+            return
+        with self._off_the_clock():
+            checkpoint = self.trainer.checkpoint(self.contract)
+            facts = {
+                "attempt": self.attempt.number,
+                "world_size": self.trainer.ranks.world_size,
+                "contract": self.contract,
+                "versions": {
+                    "ddpm_dist": ddpm_dist.__version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
+                },
+            }
+
+            def write(should_stop: Callable[[], bool]) -> None:
+                if self.journal is not None:
+                    self.journal.sync()
+                self.store.save(checkpoint, facts, self.trainer.config.checkpoint.keep_last)
+
+            self.trainer.ranks.on_rank_zero(write)
+            self.attempt.saved_step = self.trainer.step
+            if self.trainer.ranks.is_zero:
+                self.attempt.write("running", self.trainer.step, "training")
+
+    def _preview_if_due(self) -> None:
+        """Draw a grid from the average's weights on rank 0. Raises StopRequested if that was cut short."""
+        trainer, preview = self.trainer, self.trainer.config.preview
+        periodic = bool(preview.every and trainer.step and trainer.step % preview.every == 0)
+        if not preview.num_images or not (periodic or trainer.step == self.attempt.target):
+            return
+        path = self.directory.samples / f"step-{trainer.step:08d}.png"
+
+        def draw(should_stop: Callable[[], bool]) -> None:
+            if path.exists():
+                return
+
+            def on_step() -> None:
+                if should_stop():
+                    raise StopRequested
+
+            blocks = sample_blocks(
+                trainer.ema.model,
+                trainer.diffusion,
+                shape=self.image_shape,
+                num=preview.num_images,
+                seed=preview.seed,
+                sampler=preview.sampler,
+                steps=preview.steps,
+                device=trainer.ranks.device,
+                on_step=on_step,
+            )
+            save_grid(torch.cat(list(blocks)), path)
+
+        with self._off_the_clock():
+            trainer.ranks.on_rank_zero(draw)

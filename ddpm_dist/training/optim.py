@@ -1,0 +1,30 @@
+"""Adam, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ddpm_dist.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with its usual betas; `learning_rate` sets the rate each step."""
+    return torch.optim.Adam(model.parameters(), lr=optim.lr, fused=optim.fused)
+
+
+def learning_rate(step: int, optim: OptimConfig, decay_steps: int) -> float:
+    """The rate of the update that follows `step` finished ones; the number of ranks does not enter.
+
+    Linear warm-up to optim.lr over optim.warmup_steps, then constant, or half a cosine to 0 at decay_steps
+    (Loshchilov & Hutter 2017, eq. 5 without restarts, arXiv:1608.03983).
+    """
+    warmup = optim.warmup_steps
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = min(1.0, (step - warmup) / (decay_steps - warmup))
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))

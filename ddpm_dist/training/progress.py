@@ -1,0 +1,53 @@
+"""What rank 0 tells a person: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Talks on rank 0 and is silent elsewhere.
+
+    Args:
+        enabled: whether this is rank 0.
+        start, target: steps.
+    """
+
+    def __init__(self, enabled: bool, start: int, target: int) -> None:
+        self._enabled, self._target = enabled, target
+        self._start, self._started, self._last_line = start, time.monotonic(), 0.0
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(initial=start, total=target, unit="step", dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """One line, not torn by the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        elif self._enabled:
+            print(text, flush=True)
+
+    def update(self, record: dict[str, Any]) -> None:
+        """record: a line of metrics.jsonl."""
+        step = record["step"]
+        figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(figures)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_SECONDS or step == self._target:
+            self._last_line = now
+            seconds = (now - self._started) / max(1, step - self._start) * (self._target - step)
+            left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+            self.say(f"step {step}/{self._target}  epoch {record['epoch']:.2f}  {figures}  {left} left")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
