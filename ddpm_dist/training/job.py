@@ -279,7 +279,8 @@ class Job:
         return code
 
     def _say_where_things_are(self, step: int) -> None:
-        print(f"  pictures  {self.directory.samples}/step-{step:08d}.png, {self.directory.path}/curves.png")
+        pictures = [self.directory.samples / f"step-{step:08d}.png", self.directory.path / "curves.png"]
+        print(f"  pictures  {', '.join(str(path) for path in pictures if path.exists())}")
         print(f"  run       {self.directory.path}  (more images: python -m ddpm_dist.sample {self.directory.path})")
         if self.shipper is not None:
             print(f"  MLflow    {self.shipper.how_to_look()}", flush=True)

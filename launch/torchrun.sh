@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The right torchrun flags in one place: launch/torchrun.sh [ARGUMENTS OF ddpm_dist.train]
+# One rank per GPU; without GPUs one per core, at most 4. NPROC=n says otherwise. PYTHON=... picks the interpreter.
+set -euo pipefail
+
+python=${PYTHON:-python}
+if [ -z "${NPROC:-}" ]; then
+    gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    cores=$(nproc)
+    if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=$((cores < 4 ? cores : 4)); fi
+    # The ranks must divide the logical shards, which are 8 by default: 1, 2, 4 and 8 do.
+    for n in 8 4 2 1; do if [ "$NPROC" -ge "$n" ]; then NPROC=$n; break; fi; done
+fi
+
+# Signals that a scheduler sends reach the workers; the agent leaves them time to save (seconds).
+# torchrun would set it, and say so; the trainer sets its own thread count (train.threads).
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
+# A port that is free, chosen at the time of start: two jobs on one machine do not clash.
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m ddpm_dist.train "$@"
