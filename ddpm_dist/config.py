@@ -221,8 +221,8 @@ def from_flat(values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         section, item = name.split(".")
         sections.setdefault(section, {})[item] = value
-    made = {item.name: item.default_factory(**sections.get(item.name, {})) for item in dataclasses.fields(Config)}  # type: ignore[misc]
-    return Config(**made)
+    section_types = typing.get_type_hints(Config)
+    return Config(**{name: section_types[name](**given) for name, given in sections.items()})
 
 
 def to_flat(config: Config) -> dict[str, Any]:
@@ -401,9 +401,7 @@ def _check_together(config: Config) -> None:
         )
     decay = config.optim.decay_steps or config.train.max_steps
     if config.optim.schedule == "cosine" and decay is not None and decay <= config.optim.warmup_steps:
-        raise ConfigError(
-            f"optim.warmup_steps={config.optim.warmup_steps}: must be below the last decay step, {decay}"
-        )
+        raise ConfigError(f"optim.warmup_steps={config.optim.warmup_steps}: must be below the last decay step, {decay}")
 
 
 def check_world_size(config: Config, world_size: int) -> None:
@@ -435,7 +433,8 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
         (refused, free): those that shape what is learned, and those that may change.
     """
     before, after = to_flat(old), to_flat(new)
-    refused, free = [], []
+    refused: list[str] = []
+    free: list[str] = []
     for name, item in keys().items():
         if before[name] != after[name]:
             (free if item.free else refused).append(f"{name}: {before[name]} -> {after[name]}")

@@ -1,8 +1,8 @@
 """Train a diffusion model: the same command starts, resumes and finishes a run.
 
-    torchrun --nproc_per_node 4 -m ddpm_dist.train
-    torchrun --nproc_per_node 4 -m ddpm_dist.train --config configs/mnist.yaml optim.lr=1e-4
-    python -m ddpm_dist.train train.max_steps=100
+torchrun --nproc_per_node 4 -m ddpm_dist.train
+torchrun --nproc_per_node 4 -m ddpm_dist.train --config configs/mnist.yaml optim.lr=1e-4
+python -m ddpm_dist.train train.max_steps=100
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ that is changes nothing in what a shard contains.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class StepBatches(Dataset[Batch]):
         self._num_timesteps, self._flip = num_timesteps, flip
         self._per_shard = batch_size // num_shards
         self.steps_per_epoch = len(images) // batch_size  # what is left over waits for another shuffle
-        self._samplers = {
+        self._samplers: dict[int, DistributedSampler[int]] = {
             shard: DistributedSampler(
                 range(len(images)),  # type: ignore[arg-type]  # only its length is asked for
                 num_replicas=num_shards,
@@ -113,7 +113,7 @@ class _ErrorsAsValues(Dataset["Batch | DataError"]):
             return error
 
 
-def _unchanged(batch: Batch | DataError) -> Batch | DataError:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -59,7 +59,7 @@ class ImagesInMemory:
         self._array = array
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
         digest = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

@@ -114,7 +114,7 @@ class Ranks:
         assert dist.get_world_size() == self.world_size, "the process group has another size than the launcher said"
         self._store = dist.PrefixStore("ddpm_dist", store)
         # Flags travel on the CPU and in a group of their own, so that they never wait for a GPU.
-        self._flags = dist.new_group(backend="gloo", timeout=timeout)
+        self._flags = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
     @property
     def is_zero(self) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -67,7 +67,7 @@ class CheckpointStore:
         path = self._path(checkpoint.step)
         try:
             with replacing(path) as file:
-                torch.save({name: getattr(checkpoint, name) for name in _FIELDS}, file)
+                torch.save({name: getattr(checkpoint, name) for name in _FIELDS}, cast(BinaryIO, file))
         except RuntimeError as error:
             # torch wraps the file system's error in one about its zip writer.
             if isinstance(error.__context__, OSError):

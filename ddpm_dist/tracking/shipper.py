@@ -34,6 +34,10 @@ STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "
 IDENTITY_TAG = "ddpm_dist.identity"
 
 
+class NotDelivered(Exception):
+    """MLflow could not be reached or refused; what it has acknowledged so far is noted."""
+
+
 @dataclass
 class Shipped:
     """What MLflow has acknowledged (mlflow.json).
@@ -57,7 +61,7 @@ class Shipped:
 
 
 class Shipper:
-    """Ships one run directory. Every method may raise what MLflow's client raises, and may be called again.
+    """Ships one run directory.
 
     Args:
         directory: the run's.
@@ -74,11 +78,22 @@ class Shipper:
         self._shipped = Shipped(**noted) if known and noted else Shipped(uri)
 
     def ship(self, state: str) -> None:
-        """Everything that is new, then the run's state ("running", "finished", "preempted" or "failed")."""
-        self._connect()
-        self._ship_metrics()
-        self._ship_artifacts()
-        self._client.update_run(self._shipped.run_id, status=STATUS[state])
+        """Everything that is new, then the run's state ("running", "finished", "preempted" or "failed").
+
+        Raises:
+            NotDelivered: try again later.
+        """
+        try:
+            self._connect()
+            self._ship_metrics()
+            self._ship_artifacts()
+            if state == "running":
+                self._client.update_run(self._shipped.run_id, status=STATUS[state])
+            else:
+                self._client.set_terminated(self._shipped.run_id, status=STATUS[state])  # with the time of the end
+        except Exception as error:  # MLflow, requests and SQLAlchemy each bring exceptions of their own
+            self._client = None
+            raise NotDelivered(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
 
     def _note(self) -> None:
         write_json(self._directory.mlflow_file, asdict(self._shipped))
@@ -180,6 +195,9 @@ def sync(directory: RunDirectory) -> str:
 
     Returns:
         the state that MLflow was told.
+
+    Raises:
+        NotDelivered: try again later.
     """
     status = directory.read_status()
     alive = status.get("host") != socket.gethostname() or _is_alive(status.get("pid", 0))
@@ -191,7 +209,13 @@ def sync(directory: RunDirectory) -> str:
 
 
 def _is_alive(pid: int) -> bool:
-    return pid > 0 and Path(f"/proc/{pid}").exists() if Path("/proc/self").exists() else True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def prepare_client() -> None:
@@ -208,20 +232,18 @@ def follow(directory: RunDirectory, trainer_pid: int) -> int:
     Returns:
         an exit code: 0 if all is delivered.
     """
-    shipper: Shipper | None = None
+    shipper = Shipper(directory)
     give_up: float | None = None
     while True:
-        alive = os.getppid() == trainer_pid
-        state = true_state(directory, alive)
+        state = true_state(directory, trainer_alive=os.getppid() == trainer_pid)
         try:
-            shipper = shipper or Shipper(directory)
             shipper.ship(state)
             if state != "running":
                 return 0
             wait = POLL_SECONDS
-        except Exception as error:  # whatever it is, the next try or the next attempt may do better
-            print(f"{time.strftime('%F %T')} not delivered yet: {type(error).__name__}: {error}", flush=True)
-            shipper, wait = None, 2 * POLL_SECONDS
+        except NotDelivered as error:
+            print(f"{time.strftime('%F %T')} not delivered yet: {error}", flush=True)
+            wait = 2 * POLL_SECONDS
         if state != "running":
             give_up = give_up or time.monotonic() + LAST_TRIES_SECONDS
             if time.monotonic() > give_up:
@@ -232,9 +254,10 @@ def follow(directory: RunDirectory, trainer_pid: int) -> int:
 
 def _sleep_while_running(seconds: float, directory: RunDirectory, trainer_pid: int) -> None:
     """Sleep, but wake early when the attempt ends: the trainer may be waiting for us."""
+    was_running = true_state(directory, os.getppid() == trainer_pid) == "running"
     end = time.monotonic() + seconds
-    while time.monotonic() < end and directory.read_status().get("state") == "running":
-        if os.getppid() != trainer_pid:
+    while time.monotonic() < end:
+        if was_running and true_state(directory, os.getppid() == trainer_pid) != "running":
             return
         time.sleep(0.2)
 

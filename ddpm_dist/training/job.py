@@ -21,7 +21,7 @@ from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
 from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.models.ema import EMA
 from ddpm_dist.models.unet import UNet
-from ddpm_dist.parallel.distributed import RankZeroFailed, Ranks, is_lost_contact, pick_device
+from ddpm_dist.parallel.distributed import Ranks, RankZeroFailed, is_lost_contact, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
 from ddpm_dist.parallel.rng import derive_seed
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
@@ -134,9 +134,7 @@ class Job:
             return None
         return self.store.load(start.saved_step, start.sha256)[0]
 
-    def _contract(
-        self, images: Images, target: int, checkpoint: Checkpoint | None
-    ) -> tuple[Numerics, dict[str, Any]]:
+    def _contract(self, images: Images, target: int, checkpoint: Checkpoint | None) -> tuple[Numerics, dict[str, Any]]:
         """What is decided once and binds every attempt.
 
         Raises:
@@ -211,14 +209,12 @@ class Job:
         per_rank = config.elastic.shards // ranks.world_size
         shards = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
         torch.manual_seed(derive_seed(config.run.seed, "weights"))
-        model = UNet(
-            images.shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout
-        ).to(ranks.device)
-        if numerics.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        betas = linear_betas(
-            config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end
+        model = UNet(images.shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout).to(
+            ranks.device
         )
+        if numerics.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        betas = linear_betas(config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end)
         self.trainer = Trainer(
             config=config,
             ranks=ranks,
@@ -315,5 +311,3 @@ def explain(error: BaseException, rank: int) -> tuple[int, str]:
     if is_lost_contact(error):
         return ExitCode.SOFTWARE, f"error: rank {rank} lost contact to another rank: {' '.join(str(error).split())}"
     return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
-
-

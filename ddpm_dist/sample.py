@@ -1,0 +1,153 @@
+"""Draw images from a run's averaged weights: a grid, a folder of PNGs, or an .npz for evaluators.
+
+    python -m ddpm_dist.sample runs/mnist
+    python -m ddpm_dist.sample runs/mnist --num 10000 --sampler ddpm --out images.npz
+
+The same seed gives the same images, whatever the number asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddpm_dist.errors import ConfigError, DataError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_dist.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--num", type=int, default=64, help="number of images [64]")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddim [default], or all timesteps")
+    parser.add_argument("--steps", type=int, help="timesteps that ddim visits [50]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--step", type=int, help="which checkpoint [the newest valid one]")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="grid.png, a folder/ (00000.png ...), or images.npz (arr_0: uint8 [N, H, W, C]) "
+        "[RUN_DIR/samples/SAMPLER-seedS-step-N.png]",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        _check(args)
+        out = _sample(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    print(out)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num < 1:
+        raise ConfigError(f"--num {args.num}: expected at least 1")
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}: expected at least 0")
+    if args.steps is not None and args.sampler == "ddpm":
+        raise ConfigError("--steps: only for --sampler ddim; ddpm visits all timesteps")
+    if not args.run_directory.is_dir():
+        raise DataError(f"{args.run_directory}: no such run directory")
+
+
+def _sample(args: argparse.Namespace) -> Path:
+    import torch
+    from tqdm import tqdm
+
+    from ddpm_dist.config import from_flat
+    from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+    from ddpm_dist.diffusion.schedules import linear_betas
+    from ddpm_dist.evaluation.sampling import num_model_calls, sample_blocks
+    from ddpm_dist.models.unet import UNet
+    from ddpm_dist.parallel.environment import cpu_threads, read_environment
+    from ddpm_dist.run.checkpoint import CheckpointStore
+    from ddpm_dist.run.directory import RunDirectory
+
+    directory = RunDirectory(args.run_directory)
+    store = CheckpointStore(directory.checkpoints)
+    found = store.newest_valid() if args.step is None else store.load(args.step)
+    if found is None:
+        raise DataError(f"{directory.checkpoints}: no checkpoint yet")
+    checkpoint = found[0]
+    config, shape = from_flat(checkpoint.config), checkpoint.contract["image_shape"]
+
+    env = read_environment()
+    torch.set_num_threads(cpu_threads(env))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = UNet(shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout)
+    model.load_state_dict(checkpoint.ema)
+    model.to(device).eval()
+    if checkpoint.contract["channels_last"]:  # as in the run, so that the images are those of its previews
+        model.to(memory_format=torch.channels_last)
+    diffusion = GaussianDiffusion(
+        linear_betas(config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end), device
+    )
+    steps = args.steps if args.steps is not None else min(50, diffusion.num_timesteps)
+    if not 1 <= steps <= diffusion.num_timesteps:
+        raise ConfigError(f"--steps {steps}: expected 1 .. {diffusion.num_timesteps}")
+
+    out = Path(args.out or directory.samples / f"{args.sampler}-seed{args.seed}-step-{checkpoint.step:08d}.png")
+    total = num_model_calls(args.num, args.sampler, steps, diffusion.num_timesteps)
+    with tqdm(total=total, unit="call", desc=f"{args.num} images", disable=None) as bar:
+        blocks = sample_blocks(
+            model,
+            diffusion,
+            shape=(shape[0], shape[1], shape[2]),
+            num=args.num,
+            seed=args.seed,
+            sampler=args.sampler,
+            steps=steps,
+            device=device,
+            on_step=lambda: bar.update() and None,
+        )
+        try:
+            _write(blocks, out, as_folder=args.out is not None and args.out.endswith("/"))
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+    return out
+
+
+def _write(blocks: Iterator[Tensor], out: Path, as_folder: bool) -> None:
+    """Blocks of uint8 [B, C, H, W] into one .npz or .png, or a folder of PNGs named by their index."""
+    import numpy as np
+    import torch
+
+    from ddpm_dist.evaluation.pictures import save_grid, save_png
+    from ddpm_dist.run.files import replacing
+
+    if as_folder or out.suffix not in (".png", ".npz"):
+        out.mkdir(parents=True, exist_ok=True)
+        index = 0
+        for block in blocks:
+            for image in block:
+                save_png(image, out / f"{index:05d}.png")
+                index += 1
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        save_grid(torch.cat(list(blocks)), out)
+        return
+    pixels = torch.cat(list(blocks)).permute(0, 2, 3, 1).contiguous().numpy()
+    with replacing(out) as file:
+        np.savez(file, arr_0=pixels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

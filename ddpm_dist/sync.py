@@ -1,0 +1,47 @@
+"""Deliver to MLflow what it has not got yet, and the true state of each run.
+
+python -m ddpm_dist.sync runs/mnist runs/cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_dist.errors import ExitCode, UserError
+from ddpm_dist.run.directory import RunDirectory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_dist.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
+    worst = 0
+    for path in parser.parse_args(argv).run_directories:
+        try:
+            print(f"{path}: delivered, state {_sync(path)}")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            worst = max(worst, error.exit_code)
+    return worst
+
+
+def _sync(path: Path) -> str:
+    directory = RunDirectory(path)
+    directory.read_config()  # says whether there is a run, before mlflow takes seconds to import
+
+    from ddpm_dist.tracking.shipper import NotDelivered, sync
+
+    try:
+        return sync(directory)
+    except NotDelivered as error:
+        failure = UserError(f"{path}: not delivered, nothing is lost, try again: {error}")
+        failure.exit_code = ExitCode.SOFTWARE
+        raise failure from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
