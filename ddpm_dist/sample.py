@@ -9,6 +9,7 @@ The same seed gives the same images, whatever the number asked for.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,8 +146,10 @@ def _write(blocks: Iterator[Tensor], out: Path, as_folder: bool) -> None:
         save_grid(torch.cat(list(blocks)), out)
         return
     pixels = torch.cat(list(blocks)).permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=pixels)
     with replacing(out) as file:
-        np.savez(file, arr_0=pixels)
+        file.write(buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""Interrupted equals uninterrupted, to the bit; and each attempt really begins where the last one ended."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from harness import (
+    call_train,
+    committed,
+    final_state,
+    metrics,
+    random_steps,
+    snapshot,
+    start,
+    state_differences,
+    status,
+    train,
+    wait_for_step,
+)
+from torchvision.transforms.functional import to_pil_image
+
+from ddpm_dist.config import load_config
+from ddpm_dist.data import datasets
+
+STEPS = 60
+RUN = (f"train.max_steps={STEPS}", "checkpoint.every=7", "optim.warmup_steps=10", "optim.schedule=cosine")
+HARD = (*RUN, "optim.grad_clip=1.0", "model.dropout=0.1", "data.flip=true", "ema.decay=0.99")
+
+
+def kill_and_resume(
+    world_size: int,
+    root: Path,
+    kills: list[int],
+    overrides: tuple[str, ...],
+    function: Callable[..., int] = call_train,
+) -> Path:
+    """SIGKILL every rank once a step is logged, again and again, then let the run finish."""
+    run = root / "killed"
+    began = []
+    for attempt, step in enumerate(kills, start=1):
+        with start(world_size, root, *overrides, name="killed", function=function) as job:
+            wait_for_step(job, run, step, attempt)
+            job.kill()
+        began.append(max(committed(run), default=0))
+    train(world_size, root, *overrides, name="killed", function=function)
+    first_steps = [
+        min(record["step"] for record in metrics(run) if record["attempt"] == attempt)
+        for attempt in range(1, len(kills) + 2)
+    ]
+    assert first_steps == [1, *(step + 1 for step in began)], "an attempt did not begin at its checkpoint"
+    assert began[-1] > 0
+    return run
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_run_killed_three_times_ends_with_the_same_bits(tmp_path: Path, world_size: int, precision: str) -> None:
+    overrides = (*HARD, f"train.precision={precision}")
+    undisturbed = train(world_size, tmp_path, *overrides, name="undisturbed")
+    kills = random_steps(random.randrange(1 << 30), 3, STEPS - 2)
+    killed = kill_and_resume(world_size, tmp_path, kills, overrides)
+    assert committed(killed)[-1] == STEPS
+    assert state_differences(undisturbed, killed) == []
+
+
+def train_with_huge_scale(argv: Sequence[str]) -> int:
+    """The real command, but the loss scale starts so high that fp16 overflows until it has been halved often."""
+    from ddpm_dist.training import precision
+
+    def scaler(self: precision.Numerics, device: torch.device) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type, init_scale=2.0**40)
+
+    precision.Numerics.scaler = scaler  # type: ignore[method-assign]
+    return call_train(argv)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, world_size: int) -> None:
+    # fp16 convolutions are some 40 times slower on a CPU than fp32 ones: tiny images.
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = load_config(overrides=["data.name=mnist5k"]).data
+    for index, image in enumerate(datasets.load(pixels).fetch(range(0, 5000, 100))):
+        to_pil_image(image).resize((8, 8)).save(images / f"{index}.png")
+    folder = ("data.name=folder", f"data.root={images}", "data.image_size=8", "data.num_workers=0")
+    overrides = (*RUN, *folder, "train.precision=fp16")
+    undisturbed = train(world_size, tmp_path, *overrides, name="undisturbed", function=train_with_huge_scale)
+    state = final_state(undisturbed)
+    updates = int(state["optimizer"]["state"][0]["step"])
+    assert 0 < updates < STEPS, "no update was skipped: the test shows nothing"
+    assert state["scaler"]["scale"] < 2.0**40
+    kills = random_steps(random.randrange(1 << 30), 3, STEPS - 2)
+    killed = kill_and_resume(world_size, tmp_path, kills, overrides, train_with_huge_scale)
+    assert state_differences(undisturbed, killed) == []
+
+
+def test_metrics_of_an_interrupted_run_are_those_of_an_undisturbed_one(tmp_path: Path) -> None:
+    overrides = (*RUN, "train.log_every=5")  # a window of 5 steps is cut by a checkpoint at 7
+    undisturbed = train(2, tmp_path, *overrides, name="undisturbed")
+    run = tmp_path / "stopped"
+    with start(2, tmp_path, *overrides, name="stopped") as job:
+        wait_for_step(job, run, 20, 1)
+        job.signal(1, signal.SIGTERM)
+        assert job.wait() == [75, 75], job.output()
+    train(2, tmp_path, *overrides, name="stopped")
+    stopped = {record["step"]: record for record in metrics(run)}
+    for record in metrics(undisturbed):
+        for key in ("loss", "grad_norm"):
+            assert stopped[record["step"]][key] == pytest.approx(record[key], rel=1e-12)
+        assert stopped[record["step"]]["lr"] == record["lr"]
+
+
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGINT, 1),
+        (signal.SIGUSR1, 0),
+        (signal.SIGUSR2, 1),
+        (signal.SIGHUP, 1),
+    ],
+)
+def test_signal_to_one_rank_stops_all_at_the_same_step_and_loses_none(
+    tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    overrides = ("train.max_steps=5000", "checkpoint.every=5000")
+    run = tmp_path / "run"
+    with start(2, tmp_path, *overrides) as job:
+        wait_for_step(job, run, 8, 1)
+        job.signal(rank, number)
+        assert job.wait(30) == [75, 75], job.output()
+    last = metrics(run)[-1]["step"]
+    assert committed(run) == [last], "the step that was reached is the step that was saved"
+    assert status(run)["state"] == "preempted"
+    assert (status(run)["step"], status(run)["exit_code"]) == (last, 75)
+    with start(2, tmp_path, *overrides) as job:
+        wait_for_step(job, run, last + 1, 2)
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == last + 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_finished_run_exits_0_and_touches_nothing(tmp_path: Path, world_size: int) -> None:
+    run = train(world_size, tmp_path, "train.max_steps=4", "preview.num_images=4", "preview.steps=2")
+    before = snapshot(run)
+    train(world_size, tmp_path, "train.max_steps=4", "preview.num_images=4", "preview.steps=2")
+    assert snapshot(run) == before
+    assert status(run)["state"] == "finished"
+
+
+def test_larger_target_continues_a_finished_run_and_equals_one_long_run(tmp_path: Path) -> None:
+    train(1, tmp_path, "train.max_steps=6", name="prolonged")
+    prolonged = train(1, tmp_path, "train.max_steps=12", name="prolonged")
+    assert metrics(prolonged)[6]["step"] == 7
+    assert state_differences(train(1, tmp_path, "train.max_steps=12", name="long"), prolonged) == []
+
+
+def test_larger_target_is_refused_where_it_would_move_a_cosine(tmp_path: Path) -> None:
+    train(1, tmp_path, "train.max_steps=6", "optim.schedule=cosine")
+    before = snapshot(tmp_path / "run")
+    with start(1, tmp_path, "train.max_steps=12", "optim.schedule=cosine") as job:
+        assert job.wait() == [78]
+    assert "optim.decay_steps" in job.output()
+    assert {name: content for name, content in snapshot(tmp_path / "run").items() if "checkpoints" in name} == {
+        name: content for name, content in before.items() if "checkpoints" in name
+    }
+
+
+def test_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """Stream mode: the same images, timesteps and noise; only rounding may differ."""
+    overrides = ("train.max_steps=30", "checkpoint.every=10", "train.precision=fp32")
+    straight = train(1, tmp_path, *overrides, name="straight")
+    train(4, tmp_path, "train.max_steps=10", *overrides[1:], name="moved")
+    train(1, tmp_path, "train.max_steps=20", *overrides[1:], name="moved")
+    moved = train(2, tmp_path, *overrides, name="moved")
+    for one, other in zip(metrics(straight), metrics(moved), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

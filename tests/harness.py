@@ -1,0 +1,227 @@
+"""Runs the train command on one or more ranks, the way a launcher would, at a fraction of the start-up time.
+
+A fork server imports torch once; each rank is a fork of it with a launcher's environment variables, its own
+log file, and the real `ddpm_dist.train.main`. Nothing of the trainer is faked.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["ddpm_dist.training.job", "torch._dynamo", "matplotlib.figure"])
+
+TINY = (
+    "data.name=mnist5k",
+    "data.batch_size=8",
+    "elastic.shards=4",
+    "model.channels=8",
+    "train.threads=1",
+    "train.precision=fp32",
+    "train.log_every=1",
+    "preview.num_images=0",
+    "tracking.enabled=false",
+)
+"""A run that trains dozens of steps a second."""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def call_train(argv: Sequence[str]) -> int:
+    from ddpm_dist.train import main
+
+    return main(argv)
+
+
+def _rank_main(environment: dict[str, str], log: str, function: Callable[..., int], args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    code = 1
+    try:
+        code = function(*args)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Job:
+    """Ranks that were started; a context manager that leaves none behind."""
+
+    def __init__(self, world_size: int, log: Path, function: Callable[..., int], args: tuple[Any, ...]) -> None:
+        self.log = log
+        port = free_port()
+        self.processes = []
+        for rank in range(world_size):
+            environment = {"OMP_NUM_THREADS": "1"}
+            if world_size > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world_size),
+                    "LOCAL_WORLD_SIZE": str(world_size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            process = _CONTEXT.Process(target=_rank_main, args=(environment, str(log), function, args))
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to every rank, at once."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(30)
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Exit codes of all ranks."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"not ended after {timeout} s: {codes}\n{self.output()}"
+        return codes
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def start(
+    world_size: int, root: Path, *overrides: str, name: str = "run", function: Callable[..., int] = call_train
+) -> Job:
+    """`train` on some ranks with run.root=root and run.name=name."""
+    root.mkdir(parents=True, exist_ok=True)
+    argv = [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
+    return Job(world_size, root / f"{name}.log", function, (argv,))
+
+
+def train(
+    world_size: int, root: Path, *overrides: str, name: str = "run", function: Callable[..., int] = call_train
+) -> Path:
+    """Train to the end; returns the run directory."""
+    with start(world_size, root, *overrides, name=name, function=function) as job:
+        assert job.wait() == [0] * world_size, job.output()
+    return root / name
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl as it stands, a torn one left out."""
+    path = run / "metrics.jsonl"
+    records = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def wait_for_step(job: Job, run: Path, step: int, attempt: int, timeout: float = 120) -> None:
+    """Until this attempt has logged the step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if any(record["step"] >= step and record["attempt"] == attempt for record in metrics(run)):
+            return
+        assert job.alive(), f"ended before step {step}\n{job.output()}"
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} not reached\n{job.output()}")
+
+
+def status(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+def committed(run: Path) -> list[int]:
+    """Steps of the committed checkpoints."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.json"))
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """The newest checkpoint's content."""
+    import torch
+
+    state = torch.load(run / "checkpoints" / f"step-{committed(run)[-1]:08d}.pt", weights_only=True)
+    return dict(state)
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Where two nested states differ by a single bit, type, shape or key."""
+    import torch
+
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        same = left.dtype == right.dtype and left.shape == right.shape
+        if same and left.numel():
+            same = left.contiguous().numpy().tobytes() == right.contiguous().numpy().tobytes()
+        return [] if same else [path]
+    if type(left) is not type(right):
+        return [path]
+    if isinstance(left, dict):
+        found = [f"{path}/{key}" for key in left.keys() ^ right.keys()]
+        return found + [
+            line for key in left.keys() & right.keys() for line in differences(left[key], right[key], f"{path}/{key}")
+        ]
+    if isinstance(left, list | tuple):
+        if len(left) != len(right):
+            return [path]
+        return [
+            line
+            for index, (a, b) in enumerate(zip(left, right, strict=True))
+            for line in differences(a, b, f"{path}/{index}")
+        ]
+    return [] if left == right else [path]
+
+
+STATE = ("step", "model", "ema", "optimizer", "scaler", "contract")
+
+
+def state_differences(left: Path, right: Path) -> list[str]:
+    """Where the final model, EMA, optimizer, scaler and contract of two runs differ, to the bit."""
+    one, other = final_state(left), final_state(right)
+    return differences({key: one[key] for key in STATE}, {key: other[key] for key in STATE})
+
+
+def random_steps(seed: int, count: int, below: int) -> list[int]:
+    """Ascending random steps; the seed is printed so that a failure can be had again."""
+    print(f"seed {seed}")
+    return sorted(random.Random(seed).sample(range(2, below), count))
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """{file: (size, mtime, content)} of a whole folder: to show that nothing was touched."""
+    files: Iterable[Path] = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns, path.read_bytes()) for path in files}
