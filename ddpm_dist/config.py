@@ -106,7 +106,7 @@ class TrainConfig:
         "highest", "float32 matrix products and convolutions; high and medium allow TF32 on CUDA"
     )
     compile: Auto = key("auto", "torch.compile (auto: off)")
-    channels_last: Auto = key("auto", "NHWC memory format (auto: on for CPUs, off for CUDA)")
+    channels_last: Auto = key("auto", "NHWC memory format (auto: on for fp32 on CPUs)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda if there is one", free=True)
     threads: int | None = key(None, "CPU threads per rank (null: the cores this rank has)", minimum=1, free=True)
     log_every: int = key(10, "steps between lines of metrics.jsonl", minimum=1, free=True)

@@ -4,6 +4,10 @@
 set -euo pipefail
 
 python=${PYTHON:-python}
+if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ddpm_dist") is None)'; then
+    echo "error: ddpm_dist is not installed for $python; in the checkout: pip install -e . (or make install)" >&2
+    exit 78
+fi
 if [ -z "${NPROC:-}" ]; then
     gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
     cores=$(nproc)

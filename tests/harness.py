@@ -27,6 +27,7 @@ TINY = (
     "data.batch_size=8",
     "elastic.shards=4",
     "model.channels=8",
+    "train.device=cpu",
     "train.threads=1",
     "train.precision=fp32",
     "train.log_every=1",

@@ -19,6 +19,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(1, tmp_path_factory.mktemp("sample"), *QUICK, "preview.num_images=64")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads beside another busy process are many times slower than one."""
+    monkeypatch.setattr("ddpm_dist.parallel.environment.cpu_threads", lambda world: 1)
+
+
 def npz(path: Path) -> np.ndarray:
     with np.load(path) as file:
         return np.array(file["arr_0"])
