@@ -17,15 +17,11 @@ import torch
 
 from ddpm_dist.config import load_config
 from ddpm_dist.data.batches import Batch
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.schedules import linear_betas
-from ddpm_dist.models.ema import EMA
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.parallel.distributed import Ranks
 from ddpm_dist.parallel.environment import cpu_threads, read_environment
-from ddpm_dist.training.optim import build_optimizer
+from ddpm_dist.training.build import build_trainer
 from ddpm_dist.training.precision import resolve
-from ddpm_dist.training.trainer import Trainer
 
 STEPS_PER_ROUND = 3
 
@@ -44,20 +40,7 @@ def trainer_step(channels: int, batch: Batch, *overrides: str) -> Callable[[], N
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = Ranks(read_environment({}), device, 60.0, lambda: False)
     numerics = resolve(config.train, device)
-    model = UNet(channels=channels).to(device)
-    if numerics.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    trainer = Trainer(
-        config=config,
-        ranks=ranks,
-        numerics=numerics,
-        diffusion=GaussianDiffusion(linear_betas(), device),
-        model=model,
-        ema=EMA(model, config.ema.decay),
-        optimizer=build_optimizer(model, config.optim),
-        first_shard=0,
-        decay_steps=0,
-    )
+    trainer = build_trainer(config, ranks, numerics, image_channels=1, decay_steps=None)
     return lambda: trainer.train_step(batch)
 
 

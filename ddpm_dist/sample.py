@@ -71,13 +71,11 @@ def _sample(args: argparse.Namespace) -> Path:
     from tqdm import tqdm
 
     from ddpm_dist.config import from_flat
-    from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-    from ddpm_dist.diffusion.schedules import linear_betas
     from ddpm_dist.evaluation.sampling import num_model_calls, sample_blocks
-    from ddpm_dist.models.unet import UNet
     from ddpm_dist.parallel.environment import cpu_threads, read_environment
     from ddpm_dist.run.checkpoint import CheckpointStore
     from ddpm_dist.run.directory import RunDirectory
+    from ddpm_dist.training.build import build_diffusion, build_model
 
     directory = RunDirectory(args.run_directory)
     store = CheckpointStore(directory.checkpoints)
@@ -92,14 +90,10 @@ def _sample(args: argparse.Namespace) -> Path:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = UNet(shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout)
+    # As in the run, so that the images are those of its previews.
+    model = build_model(config, shape[0], device, checkpoint.contract["channels_last"]).eval()
     model.load_state_dict(checkpoint.ema)
-    model.to(device).eval()
-    if checkpoint.contract["channels_last"]:  # as in the run, so that the images are those of its previews
-        model.to(memory_format=torch.channels_last)
-    diffusion = GaussianDiffusion(
-        linear_betas(config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end), device
-    )
+    diffusion = build_diffusion(config, device)
     steps = args.steps if args.steps is not None else min(50, diffusion.num_timesteps)
     if not 1 <= steps <= diffusion.num_timesteps:
         raise ConfigError(f"--steps {steps}: expected 1 .. {diffusion.num_timesteps}")

@@ -25,7 +25,7 @@ class GaussianDiffusion:
     """
 
     def __init__(self, betas: Tensor, device: torch.device | str = "cpu") -> None:
-        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected a 1-D tensor inside (0, 1), got shape {tuple(betas.shape)}")
         betas = betas.double()
         alphas = 1.0 - betas

@@ -6,13 +6,14 @@ Nothing about random generators is ever saved, so nothing about them can be forg
 from __future__ import annotations
 
 import hashlib
+import json
 
 import torch
 
 
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) from any parts; the same on every machine and Python version."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    text = json.dumps(parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 

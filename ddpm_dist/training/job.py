@@ -13,24 +13,19 @@ import torch
 
 from ddpm_dist.config import Config, check_world_size, to_yaml
 from ddpm_dist.data import datasets
-from ddpm_dist.data.batches import StepBatches, iterate
+from ddpm_dist.data.batches import iterate
 from ddpm_dist.data.datasets import Images
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.schedules import linear_betas
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
 from ddpm_dist.evaluation.pictures import save_curves
-from ddpm_dist.models.ema import EMA
-from ddpm_dist.models.unet import UNet
 from ddpm_dist.parallel.distributed import Ranks, RankZeroFailed, is_lost_contact, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
-from ddpm_dist.parallel.rng import derive_seed
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.preemption import StopSignal
 from ddpm_dist.tracking.journal import Journal, read_metrics
 from ddpm_dist.tracking.process import ShipperProcess
+from ddpm_dist.training.build import build_batches, build_trainer
 from ddpm_dist.training.loop import Loop
-from ddpm_dist.training.optim import build_optimizer
 from ddpm_dist.training.precision import Numerics, configure_backends, resolve
 from ddpm_dist.training.progress import Progress
 from ddpm_dist.training.trainer import Trainer
@@ -206,37 +201,10 @@ class Job:
     ) -> Loop:
         config, ranks = self.config, self.ranks
         assert self.attempt is not None
-        per_rank = config.elastic.shards // ranks.world_size
-        shards = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-        torch.manual_seed(derive_seed(config.run.seed, "weights"))
-        model = UNet(images.shape[0], config.model.channels, config.model.time_embed_dim, config.model.dropout).to(
-            ranks.device
-        )
-        if numerics.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        betas = linear_betas(config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end)
-        self.trainer = Trainer(
-            config=config,
-            ranks=ranks,
-            numerics=numerics,
-            diffusion=GaussianDiffusion(betas, ranks.device),
-            model=model,
-            ema=EMA(model, config.ema.decay),
-            optimizer=build_optimizer(model, config.optim),
-            first_shard=shards.start,
-            decay_steps=contract["decay_steps"] or 0,
-        )
+        self.trainer = build_trainer(config, ranks, numerics, images.shape[0], contract["decay_steps"])
         if checkpoint is not None:
             self.trainer.load(checkpoint)
-        batches = StepBatches(
-            images,
-            seed=config.run.seed,
-            batch_size=config.data.batch_size,
-            num_shards=config.elastic.shards,
-            shards=shards,
-            num_timesteps=config.diffusion.num_timesteps,
-            flip=config.data.flip,
-        )
+        batches = build_batches(config, ranks, images)
         num_workers = images.num_workers if config.data.num_workers is None else config.data.num_workers
         return Loop(
             trainer=self.trainer,
