@@ -16,9 +16,12 @@ class ExitCode(enum.IntEnum):
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where, and what would be valid."""
+    """Something the user can mend. The message says, in one line, what, where, and what would be valid."""
 
     exit_code = ExitCode.CONFIG
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ConfigError(UserError):

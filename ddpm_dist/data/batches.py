@@ -7,7 +7,7 @@ that is changes nothing in what a shard contains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -117,8 +117,10 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_memory: bool) -> Generator[Batch]:
     """Batches of the steps start .. stop - 1, made ahead by worker processes if there are any.
+
+    Close it when done: that ends the workers.
 
     Raises:
         DataError: an image could not be read.

@@ -109,7 +109,7 @@ class ImageFolder:
             with Image.open(path) as image:
                 small = functional.resize(image.convert("RGB"), [size], antialias=True)
                 return functional.pil_to_tensor(functional.center_crop(small, [size, size]))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
             raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 
@@ -120,12 +120,21 @@ def prepare(data: DataConfig) -> None:
         DataError: it is not there and data.download is false, or it cannot be fetched.
     """
     root = Path(data.root)
-    needed = CIFAR10_FOLDER if data.name == "cifar10" else IDX_FILES.get(data.name)
-    if needed is None or (root / needed).exists():
-        return
-    if not data.download:
-        raise DataError(f"{root / needed}: missing; set data.root to where it is, or data.download=true")
-    download_once(data.name, root)
+    missing = [path for path in _needed_files(data.name, root) if not path.exists()]
+    if missing and not data.download:
+        raise DataError(f"{missing[0]}: missing; set data.root to where it is, or data.download=true")
+    if missing:
+        download_once(data.name, root)
+
+
+def _needed_files(name: str, root: Path) -> list[Path]:
+    """The files that a data set below data.root consists of; none for those that lie elsewhere."""
+    if name == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        files = [*CIFAR10.train_list, *CIFAR10.test_list]  # torchvision's own check wants the test images too
+        return [root / CIFAR10_FOLDER / file for file in (*(file for file, _ in files), CIFAR10.meta["filename"])]
+    return [root / IDX_FILES[name]] if name in IDX_FILES else []
 
 
 def load(data: DataConfig) -> Images:
@@ -187,11 +196,15 @@ def _cifar10(root: Path) -> npt.NDArray[np.uint8]:
     folder = root / CIFAR10_FOLDER
     for name, md5 in CIFAR10.train_list:
         path = folder / name
-        if not path.exists():
-            raise DataError(f"{path}: missing; set data.root to where it is, or data.download=true")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "md5").hexdigest() != md5:
-                raise DataError(f"{path}: truncated or damaged; remove {folder} to fetch it again")
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "md5").hexdigest()
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; set data.root to where it is, or data.download=true") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        if found != md5:
+            raise DataError(f"{path}: truncated or damaged; remove {folder} to fetch it again")
     try:
         pixels = CIFAR10(str(root), train=True, download=False).data
     except (RuntimeError, OSError) as error:

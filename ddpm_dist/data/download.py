@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import tempfile
@@ -37,7 +38,7 @@ def download_once(name: str, root: Path) -> None:
             target = root / source.relative_to(private)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())
         raise DataError(
             f"data.name={name}: download into {root} failed ({reason}); put the files there, or set data.root"

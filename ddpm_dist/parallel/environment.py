@@ -32,21 +32,21 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
         ConfigError: a variable is missing or not a number.
     """
     env = os.environ if environ is None else environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names, launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), "torchrun"
-    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        names, launcher = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", ""), "slurm"
-    else:
-        return RankEnvironment(0, 0, 1, 1, "none")
+    torchrun = "RANK" in env and "WORLD_SIZE" in env
+    launcher: Literal["torchrun", "slurm"] = "torchrun" if torchrun else "slurm"
     try:
-        rank, local_rank, world_size = (int(env[name]) for name in names[:3])
-        if launcher == "slurm":
-            return RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), "slurm")
-        return RankEnvironment(rank, local_rank, world_size, int(env.get(names[3], world_size)), "torchrun")
+        if torchrun:
+            world_size = int(env["WORLD_SIZE"])
+            local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+            return RankEnvironment(int(env["RANK"]), int(env["LOCAL_RANK"]), world_size, local_world_size, launcher)
+        if "SLURM_STEP_ID" in env and (world_size := int(env.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+            rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
+            return RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), launcher)
     except KeyError as missing:
         raise ConfigError(f"{launcher} environment: {missing} is not set; start with torchrun or srun") from None
     except ValueError as error:
         raise ConfigError(f"{launcher} environment: {error}; start with torchrun or srun") from None
+    return RankEnvironment(0, 0, 1, 1, "none")
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:
@@ -95,7 +95,7 @@ def cpu_threads(world: RankEnvironment, environ: Mapping[str, str] | None = None
     cores = len(os.sched_getaffinity(0))
     per_task = env.get("SLURM_CPUS_PER_TASK", "")
     if world.launcher == "slurm":
-        return max(1, min(cores, int(per_task or 1)))
+        return max(1, min(cores, int(per_task) if per_task.isdigit() else 1))  # SLURM gives a task one by default
     if per_task.isdigit():
         cores = min(cores, int(per_task))
     return max(1, cores // world.local_world_size)

@@ -75,7 +75,8 @@ class CheckpointStore:
             raise
         manifest = {"step": checkpoint.step, "size": file.size, "sha256": file.hexdigest(), **facts}
         write_json(path.with_suffix(".json"), manifest)
-        for old in self.committed()[:-keep_last]:
+        # Damaged ones ahead, that this run fell back from, do not count.
+        for old in [step for step in self.committed() if step <= checkpoint.step][:-keep_last]:
             self._manifest(old).unlink()
             self._path(old).unlink(missing_ok=True)
         return path
@@ -132,6 +133,8 @@ class CheckpointStore:
             raise DataError(f"{path.name}: not a checkpoint of ddpm_dist")
         if values["format"] != FORMAT:
             raise DataError(f"{path.name}: format {values['format']}, this version reads {FORMAT}")
+        if values["step"] != step:
+            raise DataError(f"{path.name}: holds step {values['step']}")
         return Checkpoint(**values), expected
 
     def sweep(self) -> None:

@@ -74,8 +74,11 @@ class Shipper:
         uri = tracking_uri(self._config)
         noted = read_json(directory.mlflow_file)
         known = noted is not None and set(noted) == set(asdict(Shipped(uri))) and noted["uri"] == uri
-        # Another server has got nothing yet.
         self._shipped = Shipped(**noted) if known and noted else Shipped(uri)
+        if noted and not known and isinstance(noted.get("identity"), str):
+            # Another server, that has got nothing yet or had its turn before: the identity finds its run again,
+            # and points that are sent twice are stored once.
+            self._shipped.identity = noted["identity"]
 
     def ship(self, state: str) -> None:
         """Everything that is new, then the run's state ("running", "finished", "preempted" or "failed").
@@ -136,6 +139,8 @@ class Shipper:
         from mlflow.entities import Param, RunTag
 
         flat = {key: "null" if value is None else str(value) for key, value in to_flat(self._config).items()}
+        if not self._shipped.params:  # perhaps we died before we could note them
+            self._shipped.params = dict(self._client.get_run(self._shipped.run_id).data.params)
         if not self._shipped.params:
             params = [Param(key, value) for key, value in flat.items()]
             self._client.log_batch(self._shipped.run_id, params=params)
@@ -177,10 +182,17 @@ class Shipper:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An advisory lock that is free again when its holder dies."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """An advisory lock that is free again when its holder dies.
+
+    Raises:
+        NotDelivered: another process holds it, and we are not to wait.
+    """
     with open(path, "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            raise NotDelivered("the shipper of a live run is at work on it") from None
         yield
 
 
@@ -203,7 +215,7 @@ def sync(directory: RunDirectory) -> str:
     alive = status.get("host") != socket.gethostname() or _is_alive(status.get("pid", 0))
     state = true_state(directory, alive)
     prepare_client()
-    with _locked(directory.path / ".shipper.lock"):
+    with _locked(directory.path / ".shipper.lock", wait=False):
         Shipper(directory).ship(state)
     return state
 

@@ -99,7 +99,10 @@ class Job:
         step = checkpoint.step if checkpoint else 0
         with self._outputs(step, start) as (journal, progress):
             loop = self._build(images, numerics, contract, checkpoint, journal, progress)
-            return self.end(ExitCode.FINISHED if loop.fit() else ExitCode.PREEMPTED)
+            # Loader workers end here: left to the interpreter's exit they would be waited for in vain.
+            with contextlib.closing(loop.batches):
+                finished = loop.fit()
+            return self.end(ExitCode.FINISHED if finished else ExitCode.PREEMPTED)
 
     def _find_start(self, target: int) -> Start:
         """Rank 0: may this run go on, and from where? Writes nothing where the run is finished."""
@@ -138,6 +141,11 @@ class Job:
         decay_steps = None
         if self.config.optim.schedule == "cosine":
             decay_steps = self.config.optim.decay_steps or target
+            if decay_steps <= self.config.optim.warmup_steps:
+                raise ConfigError(
+                    f"optim.warmup_steps={self.config.optim.warmup_steps}: "
+                    f"must be below the last decay step, {decay_steps}"
+                )
         derived = {
             "image_shape": list(images.shape),
             "num_images": len(images),

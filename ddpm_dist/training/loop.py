@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Loop:
     """
 
     trainer: Trainer
-    batches: Iterator[Batch]
+    batches: Generator[Batch]
     steps_per_epoch: int
     contract: dict[str, Any]
     directory: RunDirectory

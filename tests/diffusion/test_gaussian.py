@@ -159,8 +159,9 @@ def test_posterior_variance_broadcasts_over_each_image(diffusion: GaussianDiffus
         torch.tensor([0.1, float("nan")]),
         torch.tensor([[0.1, 0.2]]),
         torch.tensor(0.1),
+        torch.tensor([]),
     ],
-    ids=["zero", "one", "negative", "nan", "two-dimensional", "scalar"],
+    ids=["zero", "one", "negative", "nan", "two-dimensional", "scalar", "empty"],
 )
 def test_bad_betas_are_refused_by_name(betas: Tensor) -> None:
     with pytest.raises(ValueError, match="betas"):

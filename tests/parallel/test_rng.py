@@ -34,6 +34,8 @@ def test_seed_is_the_same_in_a_process_with_other_string_hashes() -> None:
     [
         (("1",), (1,)),
         (("a", "bc"), ("ab", "c")),
+        (("a", "b"), ("a\x1fstr:b",)),
+        (("a", "b"), ('a", "b',)),
         ((1, 23), (12, 3)),
         ((1, 2), (2, 1)),
         ((1,), (1, 0)),

@@ -1,0 +1,34 @@
+"""The configuration: frozen dataclasses with the reference recipe as defaults, a YAML delta, dotted overrides.
+
+No torch is imported here, so that a mistake is answered at once.
+"""
+
+from ddpm_dist.config.checks import check_world_size
+from ddpm_dist.config.reading import load_config
+from ddpm_dist.config.schema import (
+    Config,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+    changes,
+    describe_keys,
+    from_flat,
+    keys,
+    to_flat,
+    to_yaml,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "changes",
+    "check_world_size",
+    "describe_keys",
+    "from_flat",
+    "keys",
+    "load_config",
+    "to_flat",
+    "to_yaml",
+]

@@ -1,0 +1,69 @@
+"""Rules that bind several keys, or keys and the number of ranks."""
+
+from __future__ import annotations
+
+import re
+
+from ddpm_dist.config.schema import Config
+from ddpm_dist.errors import ConfigError
+
+
+def check_together(config: Config) -> None:
+    """Rules that bind more than one key, or a text's form.
+
+    Raises:
+        ConfigError: names the keys and what would be valid.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,199}", config.run.name):
+        raise ConfigError(
+            f"run.name={config.run.name}: expected one directory name of letters, digits and _.=,+- "
+            "that starts with a letter, a digit or _ (no /, no ..)"
+        )
+    data, shards = config.data, config.elastic.shards
+    if data.batch_size % shards:
+        near = sorted({max(1, data.batch_size // shards) * shards, (data.batch_size // shards + 1) * shards})
+        raise ConfigError(
+            f"data.batch_size={data.batch_size}: must be a multiple of elastic.shards={shards}; "
+            f"valid nearby: {', '.join(map(str, near))}"
+        )
+    if config.elastic.mode == "bitwise":
+        raise ConfigError("elastic.mode=bitwise: not in this version; valid: stream")
+    if data.name != "folder" and data.image_size is not None:
+        raise ConfigError(f"data.image_size={data.image_size}: only for data.name=folder; valid here: null")
+    if data.name == "folder" and (data.image_size is None or data.image_size % 4):
+        raise ConfigError(f"data.image_size={data.image_size}: data.name=folder needs a multiple of 4, like 64")
+    if config.model.channels % 8:
+        raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
+    if config.model.time_embed_dim % 2:
+        raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
+    if config.diffusion.beta_start > config.diffusion.beta_end:
+        raise ConfigError("diffusion.beta_start: must not be above diffusion.beta_end")
+    if config.preview.steps > config.diffusion.num_timesteps:
+        raise ConfigError(
+            f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
+        )
+    decay = config.optim.decay_steps or config.train.max_steps
+    if config.optim.schedule == "cosine" and decay is not None and decay <= config.optim.warmup_steps:
+        raise ConfigError(f"optim.warmup_steps={config.optim.warmup_steps}: must be below the last decay step, {decay}")
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """W ranks must share the logical shards evenly, and micro-batches must share a rank's images evenly.
+
+    Raises:
+        ConfigError: lists the world sizes or micro-batch sizes that would be valid.
+    """
+    shards = config.elastic.shards
+    if shards % world_size:
+        valid = [str(n) for n in range(1, shards + 1) if shards % n == 0]
+        raise ConfigError(
+            f"{world_size} ranks cannot share elastic.shards={shards} evenly; valid numbers of ranks: "
+            f"{', '.join(valid)} (set elastic.shards to the largest number you plan, before the run starts)"
+        )
+    per_rank, micro = config.data.batch_size // world_size, config.train.micro_batch_size
+    if micro is not None and micro < per_rank and per_rank % micro:
+        valid = [str(n) for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise ConfigError(
+            f"train.micro_batch_size={micro}: must divide the {per_rank} images of a rank "
+            f"(data.batch_size={config.data.batch_size} over {world_size}); valid: {', '.join(valid)}"
+        )

@@ -1,0 +1,234 @@
+"""All keys of a run: their types, defaults (the reference recipe), bounds, and whether a resume may change them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Auto = Literal["auto", "true", "false"]
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A config key.
+
+    Args:
+        default: the reference recipe's value.
+        help: one line for `--help`.
+        minimum, above, below: inclusive lower, exclusive lower and exclusive upper bound of a number.
+        free: True if the key may change when a run is resumed. All others shape what is learned.
+    """
+    bounds = {"minimum": minimum, "above": above, "below": below}
+    return field(default=default, metadata={"help": help, "free": free, **bounds})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = key("mnist", "name of the run, and of its directory below run.root", free=True)
+    root: str = key("runs", "where run directories live", free=True)
+    seed: int = key(0, "fixes weights, data order, timesteps and noise", minimum=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: Literal["mnist", "fashion-mnist", "cifar10", "mnist5k", "folder"] = key("mnist", "which images")
+    root: str = key("data", "where the images lie; only a download ever writes here", free=True)
+    download: bool = key(True, "fetch the data set into data.root if it is not there", free=True)
+    batch_size: int = key(128, "images per step over ALL ranks", minimum=1)
+    image_size: int | None = key(None, "height and width (folder only: resize, then centre crop)", minimum=4)
+    flip: bool = key(False, "mirror images left-right with probability 1/2")
+    num_workers: int | None = key(
+        None, "loader processes per rank (null: 0 for sets held in memory, 2 for folders)", minimum=0, free=True
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
+    time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
+    dropout: float = key(0.0, "dropout inside each residual block", minimum=0.0, below=1.0)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
+    beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
+    beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = key(2e-4, "peak learning rate, whatever the number of ranks", above=0.0)
+    schedule: Literal["constant", "cosine"] = key("constant", "shape of the learning rate after the warm-up")
+    warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
+    decay_steps: int | None = key(None, "step at which the cosine reaches 0 (null: the last step)", minimum=1)
+    grad_clip: float | None = key(None, "clip the global gradient norm to this (null: never)", above=0.0)
+    fused: bool = key(True, "Adam in one kernel, without host synchronisation")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    decay: float = key(0.9999, "decay of the weights' moving average, warmed up", minimum=0.0, below=1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = key(20, "passes over the images", minimum=1, free=True)
+    max_steps: int | None = key(None, "number of steps; beats train.epochs", minimum=1, free=True)
+    micro_batch_size: int | None = key(
+        None, "images per forward on one rank, to save memory (null: all of this rank's)", minimum=1, free=True
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "autocast type (auto: bf16 where fast)")
+    matmul_precision: Literal["highest", "high", "medium"] = key(
+        "highest", "float32 matrix products and convolutions; high and medium allow TF32 on CUDA"
+    )
+    compile: Auto = key("auto", "torch.compile (auto: off)")
+    channels_last: Auto = key("auto", "NHWC memory format (auto: on for fp32 on CPUs)")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda if there is one", free=True)
+    threads: int | None = key(None, "CPU threads per rank (null: the cores this rank has)", minimum=1, free=True)
+    log_every: int = key(10, "steps between lines of metrics.jsonl", minimum=1, free=True)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(500, "steps between checkpoints", minimum=1, free=True)
+    keep_last: int = key(3, "how many of the newest checkpoints stay", minimum=2, free=True)
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    every: int = key(1000, "steps between sample grids (0: only at the end)", minimum=0, free=True)
+    num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
+    sampler: Literal["ddim", "ddpm"] = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True)
+    steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
+    seed: int = key(0, "seed of the grids; training noise is untouched by them", minimum=0, free=True)
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    mode: Literal["stream", "bitwise"] = key("stream", "stream: any number of ranks sees the same data and noise")
+    shards: int = key(8, "logical shards of a batch; the number of ranks must divide it", minimum=1)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    enabled: bool = key(True, "mirror metrics.jsonl into MLflow", free=True)
+    uri: str | None = key(None, "MLflow server (null: $MLFLOW_TRACKING_URI, else run.root/mlflow.db)", free=True)
+    experiment: str = key("ddpm_dist", "MLflow experiment", free=True)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    timeout_seconds: float = key(300.0, "a rank silent for so long ends the job", above=0.0, free=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on, resolved and validated."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory, run.root/run.name."""
+        return Path(self.run.root) / self.run.name
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of one dotted key."""
+
+    name: str
+    type: Any
+    field: dataclasses.Field[Any]
+
+    @property
+    def free(self) -> bool:
+        return bool(self.field.metadata["free"])
+
+    @property
+    def help(self) -> str:
+        return str(self.field.metadata["help"])
+
+
+@functools.cache
+def keys() -> Mapping[str, Key]:
+    """All dotted keys in the order of the file."""
+    found = {}
+    for section, section_type in typing.get_type_hints(Config).items():
+        hints = typing.get_type_hints(section_type)
+        for item in dataclasses.fields(section_type):
+            name = f"{section}.{item.name}"
+            found[name] = Key(name, hints[item.name], item)
+    return types.MappingProxyType(found)
+
+
+def from_flat(values: Mapping[str, Any]) -> Config:
+    """Config from {dotted key: typed value}; keys left out keep their defaults."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, item = name.split(".")
+        sections.setdefault(section, {})[item] = value
+    section_types = typing.get_type_hints(Config)
+    return Config(**{name: section_types[name](**given) for name, given in sections.items()})
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of every key, in the order of the file."""
+    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in keys()}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config; `load_config` of it gives an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False)
+
+
+def describe_keys() -> str:
+    """One line a key: name, default, help. For `--help-config`."""
+    lines = []
+    for item in keys().values():
+        default = "null" if item.field.default is None else item.field.default
+        choices = "|".join(typing.get_args(item.type)) if typing.get_origin(item.type) is Literal else ""
+        lines.append(f"  {item.name}={default}  {item.help}{f' [{choices}]' if choices else ''}")
+    return "\n".join(lines)
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Differences between a run's config and the one it is resumed with, as `key: old -> new`.
+
+    Returns:
+        (refused, free): those that shape what is learned, and those that may change.
+    """
+    before, after = to_flat(old), to_flat(new)
+    refused: list[str] = []
+    free: list[str] = []
+    for name, item in keys().items():
+        if before[name] != after[name]:
+            (free if item.free else refused).append(f"{name}: {before[name]} -> {after[name]}")
+    return refused, free

@@ -1,0 +1,582 @@
+"""What MLflow shows is what metrics.jsonl, the pictures and status.json say: everything once, and the true state.
+
+A real MLflow and real shipper processes; runs are shared by the tests that look at them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import TINY, Job, call_train, free_port, metrics, start, status, wait_for_step
+
+from ddpm_dist.config import Config, load_config, to_flat
+from ddpm_dist.errors import ExitCode
+from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.tracking import shipper as shipping
+from ddpm_dist.tracking.journal import Journal
+from ddpm_dist.tracking.shipper import METRICS, NotDelivered, Shipper, follow, prepare_client
+
+RUN = ("tracking.enabled=true", "checkpoint.every=7")
+LONG = (*RUN, "train.max_steps=60")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_client() -> Iterator[None]:
+    """The waiting times of the shipper itself also for what the tests ask MLflow."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "GIT_PYTHON_REFRESH"):
+            patch.setenv(name, "")
+            del os.environ[name]
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        prepare_client()
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run.root of all runs that use the default database; an experiment each."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def database(root: Path) -> str:
+    return f"sqlite:///{root}/mlflow.db"
+
+
+def runs_in(uri: str, experiment: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def the_run(uri: str, experiment: str) -> Any:
+    """The only run of the experiment."""
+    runs = runs_in(uri, experiment)
+    assert len(runs) == 1
+    return runs[0]
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def shippers_of(run: Path) -> list[int]:
+    """Pids of the shipper processes at work on a run directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "ddpm_dist.tracking.shipper" in words and str(run) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_shippers(run: Path) -> None:
+    wait_until(lambda: not shippers_of(run), f"a shipper still at work; {log_of(run)}", 90)
+
+
+def log_of(run: Path) -> str:
+    path = run / "shipper.log"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def points(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """{metric: [(step, value)]} as stored, in the order of the steps; a doubled step shows twice."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    return {
+        key: sorted((point.step, point.value) for point in client.get_metric_history(run_id, key)) for key in METRICS
+    }
+
+
+def first_lines(run: Path) -> list[dict[str, Any]]:
+    """One record a step: of a step that was trained again the first, which may be with MLflow already."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in metrics(run):
+        by_step.setdefault(record["step"], record)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def assert_delivered(uri: str, experiment: str, run: Path, state: str = "FINISHED") -> Any:
+    """One run, in this state, with each step's metrics once and as they stand in metrics.jsonl."""
+    found = the_run(uri, experiment)
+    assert found.info.status == state, log_of(run)
+    records = first_lines(run)
+    assert records
+    assert points(uri, found.info.run_id) == {
+        key: [(record["step"], record[key]) for record in records] for key in METRICS
+    }
+    return found
+
+
+# The default: a database in run.root
+
+
+def train_and_name_imports(argv: Sequence[str]) -> int:
+    """The real command, which then leaves a list of all that this process has imported."""
+    code = call_train(argv)
+    place = next(word for word in argv if word.startswith("run.root=")).removeprefix("run.root=")
+    (Path(place) / "imported").write_text("\n".join(sorted(sys.modules)))
+    return code
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Path:
+    """A run that trained to its end, with pictures; its trainer has waited for its shipper."""
+    overrides = (*RUN, "tracking.experiment=finished", "train.max_steps=12", "optim.warmup_steps=20")
+    pictures = ("preview.num_images=4", "preview.steps=2", "preview.every=6")
+    with start(1, root, *overrides, *pictures, name="finished", function=train_and_name_imports) as job:
+        assert job.wait() == [0], job.output()
+    return root / "finished"
+
+
+def test_finished_run_is_delivered_when_training_returns(root: Path, finished: Path) -> None:
+    assert shippers_of(finished) == []
+    found = assert_delivered(database(root), "finished", finished)
+    assert found.info.run_name == "finished"
+    assert found.info.end_time is not None
+
+
+def test_params_are_all_keys_of_the_config(root: Path, finished: Path) -> None:
+    flat = to_flat(load_config(finished / "config.yaml"))
+    expected = {key: "null" if value is None else str(value) for key, value in flat.items()}
+    assert the_run(database(root), "finished").data.params == expected
+
+
+def test_artifacts_are_the_files_themselves(root: Path, finished: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(database(root))
+    run_id = the_run(database(root), "finished").info.run_id
+    names = ["config.yaml", "curves.png", "samples/step-00000006.png", "samples/step-00000012.png"]
+    for name in names:
+        downloaded = client.download_artifacts(run_id, name, str(tmp_path))
+        assert Path(downloaded).read_bytes() == (finished / name).read_bytes()
+    assert sorted(item.path for item in client.list_artifacts(run_id)) == ["config.yaml", "curves.png", "samples"]
+    assert sorted(item.path for item in client.list_artifacts(run_id, "samples")) == names[2:]
+
+
+def test_trainer_never_imports_mlflow(root: Path, finished: Path) -> None:
+    imported = (root / "imported").read_text().split("\n")
+    assert "ddpm_dist.tracking.process" in imported
+    assert [name for name in imported if name.split(".")[0] in ("mlflow", "sqlalchemy")] == []
+
+
+def test_finished_run_that_is_started_again_changes_nothing_in_mlflow(root: Path, finished: Path) -> None:
+    before = the_run(database(root), "finished").info
+    with start(1, root, *RUN, "tracking.experiment=finished", "train.max_steps=12", "optim.warmup_steps=20",
+               name="finished") as job:  # fmt: skip
+        assert job.wait() == [0], job.output()
+    after = the_run(database(root), "finished").info
+    assert (after.status, after.end_time) == (before.status, before.end_time)
+
+
+# Stopped, killed, resumed
+
+
+def resume(world_size: int, root: Path, name: str) -> None:
+    with start(world_size, root, *LONG, f"tracking.experiment={name}", name=name) as job:
+        assert job.wait() == [0] * world_size, job.output()
+    assert status(root / name)["attempt"] == 2
+    wait_for_shippers(root / name)
+
+
+def test_run_stopped_by_a_signal_is_killed_in_mlflow_and_the_same_run_when_resumed(root: Path, finished: Path) -> None:
+    run, uri = root / "stopped", database(root)
+    with start(2, root, *LONG, "tracking.experiment=stopped", name="stopped") as job:
+        wait_for_step(job, run, 10, 1)
+        job.signal(1, signal.SIGTERM)
+        assert job.wait(30) == [75, 75], job.output()
+    assert status(run)["step"] < 60
+    wait_for_shippers(run)
+    first = assert_delivered(uri, "stopped", run, "KILLED")
+    resume(2, root, "stopped")
+    second = assert_delivered(uri, "stopped", run)
+    assert second.info.run_id == first.info.run_id
+    assert [step for step, _ in points(uri, first.info.run_id)["loss"]] == list(range(1, 61))
+
+
+def test_run_whose_trainer_was_killed_is_failed_in_mlflow_and_no_step_doubled_when_resumed(
+    root: Path, finished: Path
+) -> None:
+    run, uri = root / "killed", database(root)
+    with start(1, root, *LONG, "tracking.experiment=killed", name="killed") as job:
+        wait_for_step(job, run, 12, 1)
+        job.kill()
+    assert status(run)["state"] == "running", "it died without a word"
+    wait_for_shippers(run)
+    first = assert_delivered(uri, "killed", run, "FAILED")
+    resume(1, root, "killed")
+    steps = [record["step"] for record in metrics(run)]
+    assert len(steps) > len(set(steps)), "no step was trained again: the test shows nothing"
+    second = assert_delivered(uri, "killed", run)
+    assert second.info.run_id == first.info.run_id
+    assert [step for step, _ in points(uri, first.info.run_id)["loss"]] == list(range(1, 61))
+
+
+# A server
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def address(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def train_in_a_hurry(argv: Sequence[str]) -> int:
+    """The real command, except that it waits for a second, not for a minute, for the last tries of its shipper."""
+    from ddpm_dist.tracking.process import ShipperProcess
+
+    wait = ShipperProcess.wait
+    ShipperProcess.wait = lambda self, timeout_seconds: wait(self, min(timeout_seconds, 1.0))  # type: ignore[method-assign]
+    return call_train(argv)
+
+
+@pytest.fixture(scope="module")
+def undelivered(root: Path, address: str) -> Path:
+    """A run that was trained while its server was down, and whose shipper has been killed over its last tries."""
+    run = root / "undelivered"
+    overrides = (*RUN, "train.max_steps=30", "tracking.experiment=undelivered", f"tracking.uri={address}")
+    with start(1, root, *overrides, name="undelivered", function=train_in_a_hurry) as job:
+        assert job.wait() == [0], job.output()
+    try:
+        wait_until(lambda: "not delivered yet" in log_of(run), "the shipper never tried")
+    finally:
+        for pid in shippers_of(run):
+            os.kill(pid, signal.SIGKILL)
+    wait_for_shippers(run)
+    assert "ddpm_dist.sync" in job.output(), "nobody is told how to deliver later"
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, root: Path, finished: Path, undelivered: Path, port: int, address: str
+) -> Iterator[str]:
+    """A real MLflow server, which comes up only after `undelivered` has been trained. Its address."""
+    place = tmp_path_factory.mktemp("server")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
+    shutil.copy(root / "mlflow.db", place / "server.db")  # its many tables take seconds to make
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(place / "log", "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=place,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def answers() -> bool:
+        assert process.poll() is None, (place / "log").read_text()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    try:
+        wait_until(answers, "the MLflow server does not answer", 90)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def train_with(environment: dict[str, str], argv: Sequence[str]) -> int:
+    os.environ.update(environment)
+    return call_train(argv)
+
+
+@pytest.mark.parametrize("how", ["tracking.uri", "MLFLOW_TRACKING_URI"])
+def test_run_arrives_at_a_server(tmp_path: Path, server: str, how: str) -> None:
+    overrides = (*RUN, "train.max_steps=8", f"tracking.experiment={how}")
+    function: Callable[..., int] = call_train
+    if how == "tracking.uri":
+        overrides = (*overrides, f"tracking.uri={server}", "preview.num_images=1", "preview.steps=1")
+    else:
+        function = functools.partial(train_with, {how: server})
+    with start(1, tmp_path, *overrides, function=function) as job:
+        assert job.wait() == [0], job.output()
+    wait_for_shippers(tmp_path / "run")
+    found = assert_delivered(server, how, tmp_path / "run")
+    assert server in job.output(), "nobody is told where to look"
+    assert not (tmp_path / "mlflow.db").exists()
+    if how == "tracking.uri":
+        from mlflow import MlflowClient
+
+        client = MlflowClient(server)
+        for name in ("config.yaml", "curves.png", "samples/step-00000008.png"):
+            downloaded = client.download_artifacts(found.info.run_id, name, str(tmp_path))
+            assert Path(downloaded).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_training_is_finished_although_the_server_is_down(undelivered: Path) -> None:
+    assert status(undelivered)["state"] == "finished"
+    records = metrics(undelivered)
+    assert [record["step"] for record in records] == list(range(1, 31))
+    pauses = [after["time"] - before["time"] for before, after in itertools.pairwise(records)]
+    assert max(pauses) < 4, "a try to reach the server takes up to 5 s: a step has waited for one"
+
+
+def call_sync(*runs: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ddpm_dist.sync", *map(str, runs)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_sync_delivers_everything_and_the_true_state_once_the_server_is_up(undelivered: Path, server: str) -> None:
+    assert runs_in(server, "undelivered") == []
+    done = call_sync(undelivered)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "delivered, state finished" in done.stdout
+    assert_delivered(server, "undelivered", undelivered)
+    assert call_sync(undelivered).returncode == 0
+    assert_delivered(server, "undelivered", undelivered)
+
+
+# A run directory made by hand, shipped from this process
+
+
+def make_run(root: Path, name: str, *overrides: str, steps: int = 20, state: str = "finished") -> RunDirectory:
+    """A run directory as a trainer leaves it, without the training."""
+    config = load_config(
+        None, [*TINY, f"run.root={root}", f"run.name={name}", f"tracking.experiment={name}", *overrides]
+    )
+    directory = RunDirectory(config.directory)
+    directory.create()
+    directory.write_config(config)
+    append(directory, range(1, steps + 1), attempt=1)
+    exit_code = ExitCode.FINISHED if state == "finished" else None
+    Attempt(directory, 1, steps, 1, steps).write(state, steps, "", exit_code)  # type: ignore[arg-type]
+    return directory
+
+
+def append(directory: RunDirectory, steps: range, attempt: int, **changes: float) -> None:
+    journal = Journal(directory.metrics_file)
+    for step in steps:
+        record = {"step": step, "epoch": step / 10, "attempt": attempt, "time": 1.7e9 + attempt * 1e4 + step / 3}
+        record |= {"loss": 1 / step + attempt, "lr": 1e-4 / step, "grad_norm": 0.1 + step, "images_per_second": 7.0}
+        journal.append(record | changes)
+    journal.close()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no `except Exception` catches it, and nothing is written after it."""
+
+
+@pytest.mark.parametrize("died", ["run", "params", "metrics", "artifact"])
+def test_shipper_killed_between_an_acknowledgement_and_its_note_ships_nothing_twice(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, died: str
+) -> None:
+    directory = make_run(root, f"died-after-{died}")
+    (directory.samples / "step-00000020.png").write_bytes(b"a picture")
+    note = Shipper._note
+
+    def die(self: Shipper) -> None:
+        shipped = self._shipped
+        acknowledged = {
+            "run": shipped.run_id,
+            "params": shipped.params,
+            "metrics": shipped.offset,
+            "artifact": shipped.artifacts,
+        }
+        if acknowledged[died]:
+            raise Killed
+        note(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shipper, "_note", die)
+        with pytest.raises(Killed):
+            Shipper(directory).ship("running")
+    assert runs_in(database(root), f"died-after-{died}"), "MLflow had acknowledged nothing: the test shows nothing"
+    append(directory, range(15, 23), attempt=2)  # the trainer died too, and has trained steps again
+    Shipper(directory).ship("finished")
+    found = assert_delivered(database(root), f"died-after-{died}", directory.path)
+    assert len(found.data.params) == len(to_flat(Config()))
+
+
+def test_killed_before_its_note_of_the_params_a_changed_config_can_still_be_shipped(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow lets no parameter change, and the note of what it has got is lost."""
+    directory = make_run(root, "changed-params")
+    note = Shipper._note
+
+    def die(self: Shipper) -> None:
+        if self._shipped.params:
+            raise Killed
+        note(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shipper, "_note", die)
+        with pytest.raises(Killed):
+            Shipper(directory).ship("running")
+    config = directory.read_config()
+    directory.write_config(replace(config, train=replace(config.train, max_steps=77)))
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), "changed-params", directory.path)
+
+
+def ship_and_die(directory: Path) -> int:
+    """A shipper that is killed by SIGKILL after MLflow has acknowledged the first metrics."""
+    note = Shipper._note
+
+    def die(self: Shipper) -> None:
+        if self._shipped.offset:
+            os.kill(os.getpid(), signal.SIGKILL)
+        note(self)
+
+    Shipper._note = die  # type: ignore[method-assign]
+    prepare_client()
+    Shipper(RunDirectory(directory)).ship("running")
+    return 0
+
+
+def test_shipper_that_got_a_real_sigkill_leaves_no_lock_and_ships_nothing_twice(root: Path, finished: Path) -> None:
+    directory = make_run(root, "sigkill")
+    with Job(1, root / "sigkill.log", ship_and_die, (directory.path,)) as job:
+        assert job.wait(60) == [-signal.SIGKILL], job.output()
+    noted = json.loads(directory.mlflow_file.read_text())
+    assert noted["offset"] == 0
+    assert len(points(database(root), noted["run_id"])["loss"]) == 20, "nothing was acknowledged"
+    done = call_sync(directory.path)
+    assert done.returncode == 0, done
+    assert_delivered(database(root), "sigkill", directory.path)
+
+
+def test_more_lines_than_fit_into_one_batch_arrive_in_order(root: Path, finished: Path) -> None:
+    directory = make_run(root, "many", steps=shipping.RECORDS_PER_BATCH * 2 + 1)
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), "many", directory.path)
+
+
+def test_torn_line_is_shipped_once_it_is_whole(root: Path, finished: Path) -> None:
+    directory = make_run(root, "torn", steps=5)
+    whole = directory.metrics_file.read_bytes()
+    directory.metrics_file.write_bytes(whole[:-10])
+    shipper = Shipper(directory)
+    shipper.ship("running")
+    assert len(points(database(root), the_run(database(root), "torn").info.run_id)["loss"]) == 4
+    directory.metrics_file.write_bytes(whole)
+    shipper.ship("finished")
+    assert_delivered(database(root), "torn", directory.path)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_loss_that_is_no_number_does_not_stop_what_follows(root: Path, finished: Path, loss: float) -> None:
+    directory = make_run(root, f"loss-{loss}", steps=3)
+    append(directory, range(4, 6), 1, loss=loss)
+    append(directory, range(6, 9), 1)
+    Shipper(directory).ship("finished")
+    found = the_run(database(root), f"loss-{loss}")
+    stored = points(database(root), found.info.run_id)
+    assert [step for step, _ in stored["loss"]] == [step for step, _ in stored["lr"]] == list(range(1, 9))
+
+
+def test_key_that_later_attempts_changed_becomes_a_tag(root: Path, finished: Path) -> None:
+    directory = make_run(root, "retuned")
+    Shipper(directory).ship("running")
+    config = directory.read_config()
+    directory.write_config(replace(config, train=replace(config.train, max_steps=77)))
+    Shipper(directory).ship("finished")
+    found = assert_delivered(database(root), "retuned", directory.path)
+    assert found.data.tags["changed.train.max_steps"] == "77"
+    assert found.data.params["train.max_steps"] == "null"
+
+
+def test_two_runs_of_one_name_in_different_roots_are_two_runs(root: Path, finished: Path, tmp_path: Path) -> None:
+    uri = f"tracking.uri={database(root)}"
+    for place in (tmp_path / "one", tmp_path / "other"):
+        place.mkdir()
+        Shipper(make_run(place, "twins", uri)).ship("finished")
+    assert len(runs_in(database(root), "twins")) == 2
+
+
+def test_coming_back_to_a_server_goes_on_with_the_run_that_is_there(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As by `ddpm_dist.sync` from a shell in which MLFLOW_TRACKING_URI was not set."""
+    directory = make_run(root, "elsewhere")
+    Shipper(directory).ship("running")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(NotDelivered):
+            Shipper(directory).ship("running")
+    append(directory, range(21, 25), attempt=2)
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), "elsewhere", directory.path)
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_last_tries_are_bounded_and_nothing_is_lost(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.setattr(shipping, "LAST_TRIES_SECONDS", 0.5)
+    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # takes connections and never says a word
+        number = listener.getsockname()[1] if kind == "silent" else free_port()
+        directory = make_run(root, f"bounded-{kind}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{number}")
+        begun = time.monotonic()
+        assert follow(directory, trainer_pid=0) == 1
+        assert time.monotonic() - begun < 10
+    said = capsys.readouterr().out
+    assert "gave up" in said
+    assert f"ddpm_dist.sync {directory.path}" in said
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), f"bounded-{kind}", directory.path)
+
+
+def test_sync_of_a_run_whose_trainer_died_without_a_word_says_failed(root: Path, finished: Path) -> None:
+    directory = make_run(root, "wordless", state="running")
+    values = status(directory.path)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(30)
+    directory.status_file.write_text(json.dumps(values | {"pid": process.pid}))
+    assert shipping.sync(directory) == "failed"
+    assert_delivered(database(root), "wordless", directory.path, "FAILED")
+
+
+def test_sync_of_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    done = call_sync(tmp_path)
+    assert done.returncode == ExitCode.DATA
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
