@@ -78,6 +78,8 @@ def _sample(args: argparse.Namespace) -> Path:
     from ddpm_dist.training.build import build_diffusion, build_model
 
     directory = RunDirectory(args.run_directory)
+    if not directory.config_file.exists():
+        raise DataError(f"{directory.path}: no run here (no config.yaml)")
     store = CheckpointStore(directory.checkpoints)
     found = store.newest_valid() if args.step is None else store.load(args.step)
     if found is None:

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: UserError) -> int:
     """Every rank finds the same error; rank 0 says it."""
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank.isdigit() and int(rank) > 0:
         time.sleep(2)  # the first rank to exit has the launcher kill the others: let rank 0 speak first
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)

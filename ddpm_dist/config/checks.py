@@ -31,13 +31,18 @@ def check_together(config: Config) -> None:
     if data.name != "folder" and data.image_size is not None:
         raise ConfigError(f"data.image_size={data.image_size}: only for data.name=folder; valid here: null")
     if data.name == "folder" and (data.image_size is None or data.image_size % 4):
-        raise ConfigError(f"data.image_size={data.image_size}: data.name=folder needs a multiple of 4, like 64")
+        raise ConfigError(
+            f"data.image_size={data.image_size or 'null'}: data.name=folder needs a multiple of 4, like 64"
+        )
     if config.model.channels % 8:
         raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
     if config.model.time_embed_dim % 2:
         raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
     if config.diffusion.beta_start > config.diffusion.beta_end:
-        raise ConfigError("diffusion.beta_start: must not be above diffusion.beta_end")
+        raise ConfigError(
+            f"diffusion.beta_start={config.diffusion.beta_start}: must not be above "
+            f"diffusion.beta_end={config.diffusion.beta_end}"
+        )
     if config.preview.steps > config.diffusion.num_timesteps:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"

@@ -56,9 +56,10 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
     for place, section, node in _entries(path, root, ""):
         if section not in sections:
             near = difflib.get_close_matches(section, sections, n=1)
-            raise ConfigError(
-                f"{place}: unknown section {section!r}{_did_you_mean(near) if near else _suggest(section)}"
-            )
+            hint = _did_you_mean(near) if near else _suggest(section)
+            if section in keys():
+                hint = "; write it as `{}: {{{}: ...}}`".format(*section.split("."))
+            raise ConfigError(f"{place}: unknown section {section!r}{hint}")
         if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
             continue  # `data:` with every key below it commented out
         for inner_place, name, value in _entries(path, node, f"{section}."):
@@ -73,8 +74,8 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
 def _entries(path: Path, node: yaml.Node, prefix: str) -> list[tuple[str, str, yaml.Node]]:
     """(place, prefixed key, node) of a mapping, each key once."""
     where = f"{path}:{node.start_mark.line + 1}"
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{where}: {prefix or 'the file'}: expected a mapping like `optim: {{lr: 2e-4}}`")
+    if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping like `optim: {{lr: 2e-4}}`")
     found: dict[str, tuple[str, str, yaml.Node]] = {}
     for name_node, value in node.value:
         place = f"{path}:{name_node.start_mark.line + 1}"

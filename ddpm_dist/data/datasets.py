@@ -148,7 +148,7 @@ def load(data: DataConfig) -> Images:
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "
-            f"data.batch_size={data.batch_size}; valid: at most {len(images)}"
+            f"data.batch_size={data.batch_size}; valid: multiples of elastic.shards up to {len(images)}"
         )
     if images.shape[1] % 4 or images.shape[2] % 4:
         raise DataError(f"data.name={data.name}: images of {images.shape[1:]} pixels; the U-Net wants multiples of 4")

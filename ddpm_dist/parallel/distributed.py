@@ -265,7 +265,10 @@ class Ranks:
         try:
             value = work()
         except UserError as error:
-            mine = {"failed": error.exit_code, "message": f"{error} (seen by rank {self.rank})"}
+            mine = {
+                "failed": error.exit_code,
+                "message": str(error) if self.is_zero else f"{error} (seen by rank {self.rank})",
+            }
         self._store.set(f"{name}/{self.rank}", json.dumps(mine))
 
         def collect(should_stop: Callable[[], bool]) -> None:

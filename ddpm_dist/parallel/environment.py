@@ -34,19 +34,22 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
     env = os.environ if environ is None else environ
     torchrun = "RANK" in env and "WORLD_SIZE" in env
     launcher: Literal["torchrun", "slurm"] = "torchrun" if torchrun else "slurm"
+    found = RankEnvironment(0, 0, 1, 1, "none")
     try:
         if torchrun:
             world_size = int(env["WORLD_SIZE"])
             local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
-            return RankEnvironment(int(env["RANK"]), int(env["LOCAL_RANK"]), world_size, local_world_size, launcher)
-        if "SLURM_STEP_ID" in env and (world_size := int(env.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+            found = RankEnvironment(int(env["RANK"]), int(env["LOCAL_RANK"]), world_size, local_world_size, launcher)
+        elif "SLURM_STEP_ID" in env and (world_size := int(env.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
             rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
-            return RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), launcher)
+            found = RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), launcher)
     except KeyError as missing:
         raise ConfigError(f"{launcher} environment: {missing} is not set; start with torchrun or srun") from None
     except ValueError as error:
         raise ConfigError(f"{launcher} environment: {error}; start with torchrun or srun") from None
-    return RankEnvironment(0, 0, 1, 1, "none")
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"{launcher} environment: rank {found.rank} of {found.world_size} ranks cannot be")
+    return found
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ torch.load does not notice flipped bits (199 of 200 loaded silently when tried),
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,10 @@ class CheckpointStore:
             raise
         except FileNotFoundError:
             raise DataError(f"{path.name}: missing") from None
+        except pickle.UnpicklingError:  # torch's own message says how to load it all the same
+            raise DataError(
+                f"{path.name}: holds more than tensors and plain values, nothing of it was executed"
+            ) from None
         except Exception as error:  # torch.load raises half a dozen types for files that are not its own
             raise DataError(f"{path.name}: not a checkpoint ({_first_line(error)})") from None
         if not isinstance(values, dict) or set(values) != set(_FIELDS):

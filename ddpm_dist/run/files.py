@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON file's object, or None where it is missing or damaged. Raises other OSErrors."""
     try:
         values = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return values if isinstance(values, dict) else None
 

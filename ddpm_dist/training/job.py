@@ -111,7 +111,7 @@ class Job:
         status = self.directory.read_status()
         saved = status.get("saved_step")
         if status.get("state") == "finished" and saved is not None and saved >= target:
-            return Start(True, status["attempt"], saved, None, [])
+            return Start(True, int(status.get("attempt", 0)), saved, None, [])
         self.directory.create()
         found = self.store.newest_valid()
         if found is None and saved is not None:

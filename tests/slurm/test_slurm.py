@@ -1,0 +1,157 @@
+"""A real SLURM of two nodes: srun and sbatch train one run, not one run per node."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import TINY, committed, metrics, snapshot, state_differences, status, train
+
+if TYPE_CHECKING:
+    from conftest import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
+
+CONFIG = "configs/quickstart.yaml"
+SHORT = ("train.max_steps=6", "checkpoint.every=3", "optim.warmup_steps=2")
+SRUN = ("srun", "-N2", "--ntasks-per-node=1")
+
+
+def overrides_of(root: Path, name: str, *overrides: str) -> list[str]:
+    return [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
+
+
+def srun_argv(root: Path, name: str, *overrides: str) -> list[str]:
+    train_command = (sys.executable, "-m", "ddpm_dist.train", "--config", CONFIG)
+    return [*SRUN, f"--job-name={name}", *train_command, *overrides_of(root, name, *overrides)]
+
+
+def sbatch(cluster: Cluster, root: Path, name: str, *overrides: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
+    argv = ("--nodes=2", *options, "slurm/train.sbatch", CONFIG, *overrides_of(root, name, *overrides))
+    return cluster.batch(root / f"{name}.out", *argv)
+
+
+@contextmanager
+def running(cluster: Cluster, argv: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = cluster.popen(argv, log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def wait_until(condition: Callable[[], bool], what: str, log: Path, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()}"
+        time.sleep(0.02)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def srun_run(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that srun trained on two nodes, with no other launcher."""
+    root = tmp_path_factory.mktemp("srun")
+    code, output = running_cluster.run(*srun_argv(root, "plain", *SHORT), timeout=90)
+    assert code == 0, output
+    assert output.count("2 rank(s)") == 1, f"two worlds of one, or rank 1 talks:\n{output}"
+    return root / "plain"
+
+
+@pytest.fixture(scope="module")
+def one_process_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = train(1, tmp_path_factory.mktemp("one"), *SHORT, "--config", CONFIG)
+    assert len(losses(run)) == 6
+    return losses(run)
+
+
+def test_srun_trains_one_run_across_two_nodes(srun_run: Path, one_process_losses: list[float]) -> None:
+    assert (status(srun_run)["state"], status(srun_run)["world_size"]) == ("finished", 2)
+    assert committed(srun_run) == [3, 6]
+    assert losses(srun_run) == pytest.approx(one_process_losses, rel=1e-4)
+
+
+def test_the_same_srun_again_exits_0_and_changes_nothing(cluster: Cluster, srun_run: Path) -> None:
+    before = snapshot(srun_run)
+    code, output = cluster.run(*srun_argv(srun_run.parent, "plain", *SHORT), timeout=90)
+    assert code == 0, output
+    assert output.count("nothing to do") == 1
+    assert snapshot(srun_run) == before
+
+
+def test_sbatch_ends_with_the_same_bits_as_srun(
+    cluster: Cluster, tmp_path: Path, srun_run: Path, one_process_losses: list[float]
+) -> None:
+    code, output = sbatch(cluster, tmp_path, "batch", *SHORT)
+    assert code == 0, output
+    run = tmp_path / "batch"
+    assert (status(run)["state"], status(run)["world_size"]) == ("finished", 2)
+    assert state_differences(srun_run, run) == []
+    assert losses(run) == pytest.approx(one_process_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("resource", ["--cpus-per-task=2", "--gpus-per-node=2"])
+def test_sbatch_starts_one_rank_per_gpu_or_else_per_cpu(
+    cluster: Cluster, tmp_path: Path, one_process_losses: list[float], resource: str
+) -> None:
+    code, output = sbatch(cluster, tmp_path, "four", *SHORT, "train.device=cpu", options=(resource,))
+    assert code == 0, output
+    assert status(tmp_path / "four")["world_size"] == 4
+    assert losses(tmp_path / "four") == pytest.approx(one_process_losses, rel=1e-4)
+
+
+def test_sigterm_to_the_step_stops_all_ranks_together_and_the_same_srun_finishes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    long = ("train.max_steps=120", "checkpoint.every=1000")
+    argv = srun_argv(tmp_path, "stopped", *long)
+    with running(cluster, argv, log) as srun:
+        wait_until(lambda: len(metrics(run)) >= 5 or srun.poll() is not None, "step 5", log)
+        job = cluster.run("squeue", "--noheader", "--name=stopped", "--format=%i")[1].strip()
+        code, output = cluster.run("scancel", "--signal=TERM", f"{job}.0")
+        assert code == 0, output
+        assert srun.wait(60) == 75, log.read_text()
+    last = metrics(run)[-1]["step"]
+    assert last < 120
+    assert committed(run) == [last], "the step that was reached is the step that was saved"
+    ended = status(run)
+    assert (ended["state"], ended["step"], ended["exit_code"]) == ("preempted", last, 75)
+    # Both tasks left by themselves; srun puts equal endings of several tasks into one line or two.
+    assert set(re.findall(r"tasks? [-,\d]+: (.*)", log.read_text())) == {"Exited with exit code 75"}
+    assert "Traceback" not in log.read_text()
+
+    code, output = cluster.run(*argv, timeout=120)
+    assert code == 0, output
+    assert [record["step"] for record in metrics(run)] == list(range(1, 121))
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == last + 1
+    assert (status(run)["state"], status(run)["attempt"]) == ("finished", 2)
+    undisturbed = train(2, tmp_path, *long, "--config", CONFIG, name="undisturbed")
+    assert state_differences(undisturbed, run) == []
+
+
+def test_config_error_under_srun_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = cluster.run(*srun_argv(tmp_path, "wrong", "optim.learning=1"), timeout=60)
+    assert code == 78, output
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert "optim.learning" in errors[0]
+    assert "Traceback" not in output
+
+
+def test_sbatch_without_its_config_file_says_so_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = cluster.batch(tmp_path / "out", "slurm/train.sbatch", "configs/none.yaml", timeout=30)
+    assert code == 78
+    assert len(output.splitlines()) == 1
+    assert output.startswith("error: no config file configs/none.yaml")
