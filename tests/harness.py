@@ -50,6 +50,7 @@ def call_train(argv: Sequence[str]) -> int:
 
 
 def _rank_main(environment: dict[str, str], log: str, function: Callable[..., int], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

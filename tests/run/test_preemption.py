@@ -33,6 +33,7 @@ class Child:
 
     def __init__(self, ignored: signal.Signals | None) -> None:
         def ignore() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
             if ignored is not None:
                 signal.signal(ignored, signal.SIG_IGN)
 
