@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, UserError
 from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
+from ddpm_dist.parallel.interface import choose_interface
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
@@ -99,6 +100,8 @@ class Ranks:
             os.environ.update(rendezvous_from_slurm())
             os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if env.local_world_size < world_size:
+            choose_interface(dist.PrefixStore("interface", store), rank, world_size)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)

@@ -141,6 +141,23 @@ def test_sigterm_to_the_step_stops_all_ranks_together_and_the_same_srun_finishes
     assert state_differences(undisturbed, run) == []
 
 
+def test_nodes_that_resolve_their_own_names_to_loopback_still_meet(cluster: Cluster, tmp_path: Path) -> None:
+    """Debian's /etc/hosts gives a node's own name 127.0.1.1, which gloo would announce to the others."""
+    as_debian = (
+        'own=$(hostname); { echo "127.0.1.1 $own"; grep -vw "$own" /etc/hosts; } >"$0.$own"; '
+        'mount --bind "$0.$own" /etc/hosts; getent ahostsv4 "$own"; exec "$@"'
+    )
+    code, output = cluster.run(
+        *SRUN,
+        *("unshare", "--mount", "bash", "-c", as_debian, str(tmp_path / "hosts")),
+        *srun_argv(tmp_path, "debian", *SHORT, "distributed.timeout_seconds=30")[len(SRUN) + 1 :],
+        timeout=120,
+    )
+    assert code == 0, output
+    assert output.count("127.0.1.1") >= 2, f"the nodes did not resolve their names as Debian's do:\n{output}"
+    assert (status(tmp_path / "debian")["state"], status(tmp_path / "debian")["world_size"]) == ("finished", 2)
+
+
 def test_config_error_under_srun_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     code, output = cluster.run(*srun_argv(tmp_path, "wrong", "optim.learning=1"), timeout=60)
     assert code == 78, output
