@@ -348,14 +348,25 @@ def test_checkpoints_gone_although_the_status_knows_of_one(root: Path, with_fold
     assert committed(root / "run") == []
 
 
-def test_status_that_is_garbage_does_not_stop_a_run_whose_checkpoints_are_good(root: Path) -> None:
-    (root / "run" / "status.json").write_bytes(b"\x00" * 100)
+@pytest.mark.parametrize(
+    "garbage", [b"\x00" * 100, b'{"attempt": "two", "state": 7}', b'{"attempt": 1, "saved_step": {}}']
+)
+def test_status_that_is_garbage_does_not_stop_a_run_whose_checkpoints_are_good(root: Path, garbage: bytes) -> None:
+    (root / "run" / "status.json").write_bytes(garbage)
     run = train(1, root, *go_on(root))
     assert committed(run)[-1] == 6
     assert metrics(run)[4]["step"] == 5
 
 
 # Resuming with another configuration
+
+
+def test_a_file_of_the_run_that_cannot_be_used(root: Path) -> None:
+    (root / "run" / "metrics.jsonl").unlink()
+    (root / "run" / "metrics.jsonl").mkdir()
+    with start(1, root, *go_on(root, "train.max_steps=8")) as job:
+        assert job.wait(60) == [70], job.output()
+        assert_one_line(job.output(), root / "run" / "metrics.jsonl", "Is a directory", alone=False)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

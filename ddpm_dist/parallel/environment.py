@@ -43,6 +43,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
         elif "SLURM_STEP_ID" in env and (world_size := int(env.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
             rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
             found = RankEnvironment(rank, local_rank, world_size, _tasks_on_this_node(env), launcher)
+        elif "RANK" in env:
+            raise ConfigError(f"RANK={env['RANK']} is set without WORLD_SIZE; start with torchrun or srun, or unset it")
     except KeyError as missing:
         raise ConfigError(f"{launcher} environment: {missing} is not set; start with torchrun or srun") from None
     except ValueError as error:

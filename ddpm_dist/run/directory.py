@@ -59,8 +59,10 @@ class RunDirectory:
                 raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
 
     def read_status(self) -> dict[str, Any]:
-        """status.json, or {} before the first attempt."""
-        return read_json(self.status_file) or {}
+        """status.json, or {} before the first attempt, and where it is damaged: the checkpoints decide then."""
+        status = read_json(self.status_file) or {}
+        sound = isinstance(status.get("attempt"), int) and isinstance(status.get("saved_step"), int | None)
+        return status if sound else {}
 
     def read_config(self) -> Config:
         """The config of this run.

@@ -284,6 +284,8 @@ def explain(error: BaseException, rank: int) -> tuple[int, str]:
         return error.exit_code, ""
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return ExitCode.SOFTWARE, f"error: rank {rank}: {error.filename}: {error.strerror}"
     if is_lost_contact(error):
         return ExitCode.SOFTWARE, f"error: rank {rank} lost contact to another rank: {' '.join(str(error).split())}"
     return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"

@@ -77,6 +77,11 @@ def test_a_step_of_one_task_is_one_process() -> None:
     assert read_environment({**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1"}).world_size == 1
 
 
+def test_a_rank_without_a_world_size_is_refused_and_not_taken_for_one_process() -> None:
+    with pytest.raises(ConfigError, match="RANK=3 is set without WORLD_SIZE"):
+        read_environment({"RANK": "3", "LOCAL_RANK": "3"})
+
+
 @pytest.mark.parametrize("missing", ["LOCAL_RANK"])
 def test_a_missing_variable_of_torchrun_is_named(missing: str) -> None:
     with pytest.raises(ConfigError, match=missing):
