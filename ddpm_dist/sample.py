@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
@@ -22,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ddpm_dist.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__)
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
     parser.add_argument("--num", type=int, default=64, help="number of images [64]")
     parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddim [default], or all timesteps")
@@ -42,13 +42,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
     try:
+        args = parse(argv)
         _check(args)
         out = _sample(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (UserError, OSError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         return 130
     print(out)
@@ -62,6 +61,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed}: expected at least 0")
     if args.steps is not None and args.sampler == "ddpm":
         raise ConfigError("--steps: only for --sampler ddim; ddpm visits all timesteps")
+    if args.out and not args.out.endswith("/") and Path(args.out).suffix not in ("", ".png", ".npz"):
+        raise ConfigError(f"--out {args.out}: expected grid.png, images.npz or a folder/")
     if not args.run_directory.is_dir():
         raise DataError(f"{args.run_directory}: no such run directory")
 
@@ -76,6 +77,7 @@ def _sample(args: argparse.Namespace) -> Path:
     from ddpm_dist.run.checkpoint import CheckpointStore
     from ddpm_dist.run.directory import RunDirectory
     from ddpm_dist.training.build import build_diffusion, build_model
+    from ddpm_dist.training.precision import configure_backends
 
     directory = RunDirectory(args.run_directory)
     if not directory.config_file.exists():
@@ -87,8 +89,7 @@ def _sample(args: argparse.Namespace) -> Path:
     checkpoint = found[0]
     config, shape = from_flat(checkpoint.config), checkpoint.contract["image_shape"]
 
-    env = read_environment()
-    torch.set_num_threads(cpu_threads(env))
+    configure_backends(config.train, cpu_threads(read_environment()))  # as in the run
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -115,10 +116,24 @@ def _sample(args: argparse.Namespace) -> Path:
             on_step=lambda: bar.update() and None,
         )
         try:
-            _write(blocks, out, as_folder=args.out is not None and args.out.endswith("/"))
+            as_folder = out.suffix == "" or str(args.out).endswith("/")
+            _probe(out, as_folder, args.num)
+            _write(blocks, out, as_folder)
         except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+            raise ConfigError(f"--out {out}: cannot be written ({error.filename or out}: {error.strerror})") from None
     return out
+
+
+def _probe(out: Path, as_folder: bool, num: int) -> None:
+    """Find out before hours of sampling whether the images can be put there. Raises OSError, ConfigError."""
+    if not as_folder and out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give {out}/ to fill it, or the name of a file")
+    folder = out if as_folder else out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if as_folder and any(path.stem.isdigit() and int(path.stem) >= num for path in folder.glob("*.png")):
+        raise ConfigError(f"--out {out}: holds more images than --num {num} already; give an empty folder")
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _write(blocks: Iterator[Tensor], out: Path, as_folder: bool) -> None:
@@ -129,15 +144,13 @@ def _write(blocks: Iterator[Tensor], out: Path, as_folder: bool) -> None:
     from ddpm_dist.evaluation.pictures import save_grid, save_png
     from ddpm_dist.run.files import replacing
 
-    if as_folder or out.suffix not in (".png", ".npz"):
-        out.mkdir(parents=True, exist_ok=True)
+    if as_folder:
         index = 0
         for block in blocks:
             for image in block:
                 save_png(image, out / f"{index:05d}.png")
                 index += 1
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         save_grid(torch.cat(list(blocks)), out)
         return

@@ -5,27 +5,28 @@ python -m ddpm_dist.sync runs/mnist runs/cifar10
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.errors import ExitCode, UserError
 from ddpm_dist.run.directory import RunDirectory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ddpm_dist.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="python -m ddpm_dist.sync", description=__doc__)
     parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
+    try:
+        paths = parser.parse_args(argv).run_directories
+    except UserError as error:
+        return refuse(error)
     worst = 0
-    for path in parser.parse_args(argv).run_directories:
+    for path in paths:
         try:
             print(f"{path}: delivered, state {_sync(path)}")
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            worst = max(worst, error.exit_code)
+        except (UserError, OSError) as error:
+            worst = max(worst, refuse(error))
     return worst
 
 

@@ -8,11 +8,11 @@ python -m ddpm_dist.train train.max_steps=100
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
+from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.parallel.environment import RankEnvironment, read_environment
@@ -26,43 +26,39 @@ From a checkout, launch/torchrun.sh starts one rank per GPU or core.
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ddpm_dist.train",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--help-config", action="store_true", help="list all config keys with defaults and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.help_config:
-        print(describe_keys())
-        return 0
+    rank = 0
     try:
-        config = load_config(args.config, args.overrides)
         env = read_environment()
+        rank = env.rank
+        args = parse(argv)
+        if args.help_config:
+            print(describe_keys())
+            return 0
+        config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
     except UserError as error:
-        return _refuse(error)
+        return _refuse(error, rank)
     if args.dry_run:
-        print(to_yaml(config), end="")
+        if rank == 0:
+            print(to_yaml(config), end="")
         return 0
     return _train(config, env)
 
 
-def _refuse(error: UserError) -> int:
+def _refuse(error: UserError, rank: int) -> int:
     """Every rank finds the same error; rank 0 says it."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank.isdigit() and int(rank) > 0:
-        time.sleep(2)  # the first rank to exit has the launcher kill the others: let rank 0 speak first
-    else:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if rank == 0:
+        return refuse(error)
+    time.sleep(2)  # the first rank to exit has the launcher kill the others: let rank 0 speak first
     return error.exit_code
 
 

@@ -15,7 +15,7 @@ from ddpm_dist.config import load_config
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ddpm_dist"
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "diffusion", "models", "parallel", "run"), 0),
+    **dict.fromkeys(("errors", "command", "config", "diffusion", "models", "parallel", "run"), 0),
     **dict.fromkeys(("data", "tracking"), 1),
     "evaluation": 2,
     "training": 3,
@@ -24,6 +24,7 @@ FLOORS = {
 FREE_OF_TORCH = (
     "config",
     "errors",
+    "command",
     "train",
     "run.preemption",
     "run.directory",

@@ -106,6 +106,8 @@ def some_value(random_: random.Random, wanted: Any, bounds: typing.Mapping[str, 
 # Their values depend on each other: see the cross-key rules below.
 TIED = {
     "run.name",
+    "run.root",
+    "data.root",
     "data.batch_size",
     "data.name",
     "data.image_size",
@@ -121,12 +123,20 @@ TIED = {
 }
 
 
+def test_a_tilde_is_the_home_folder_where_a_folder_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(overrides=["run.root=~/runs", "data.root=~", "tracking.experiment=~"])
+    assert (config.run.root, config.data.root) == ("/home/someone/runs", "/home/someone")
+    assert config.tracking.experiment == "~"
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_any_config_comes_back_from_its_yaml(tmp_path: Path, seed: int) -> None:
     random_ = random.Random(seed)
     values = {
         name: some_value(random_, item.type, item.field.metadata) for name, item in keys().items() if name not in TIED
     }
+    values["run.root"], values["data.root"] = "/no", "1e-4"  # `~` is the home folder here
     values["run.name"] = random_.choice(["no", "1e-4", "null", "0x10", "2026-01-01", "true", "12", "1.5", "a=b"])
     config = from_flat(values)
     assert from_text(tmp_path, to_yaml(config)) == config

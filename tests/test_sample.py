@@ -70,7 +70,9 @@ def test_default_grid_is_the_runs_own_last_preview(run: Path, capsys: pytest.Cap
         (["--steps", "21"], 78, "1 .. 20"),
         (["--sampler", "ddpm", "--steps", "3"], 78, "--steps"),
         (["--seed", "-1"], 78, "--seed"),
-        (["--step", "77"], 65, "step-00000077"),
+        (["--step", "77"], 65, "no checkpoint of step 77; there are: "),
+        (["--out", "grid.jpg"], 78, "expected grid.png, images.npz or a folder/"),
+        (["--none"], 78, "--none"),
     ],
 )
 def test_mistakes_get_one_line(

@@ -384,6 +384,39 @@ def test_config_of_the_run_that_is_damaged(root: Path) -> None:
     refused(78, 1, root, *go_on(root), words=[root / "run" / "config.yaml"])
 
 
+@pytest.mark.parametrize("with_file", [True, False])
+def test_the_config_in_the_checkpoint_binds_whatever_became_of_config_yaml(root: Path, with_file: bool) -> None:
+    saved = root / "run" / "config.yaml"
+    text = saved.read_text()
+    saved.unlink()
+    if with_file:
+        saved.write_text(text.replace("lr: 0.0002", "lr: 5.0"))
+        assert "lr: 5.0" in saved.read_text()
+    refused(78, 1, root, *go_on(root, "optim.lr=5"), words=["optim.lr: 0.0002 -> 5.0"])
+
+
+def test_a_finished_run_needs_no_images_any_more(root: Path) -> None:
+    run = train(1, root, *go_on(root))
+    shutil.move(root / "data", root / "moved")
+    before = snapshot(run)
+    assert train(1, root, *go_on(root, "data.download=no")) == run
+    assert snapshot(run) == before
+
+
+def test_a_device_that_is_not_there_is_said_once_for_all_ranks(tmp_path: Path) -> None:
+    refused(78, 2, tmp_path, "train.device=cuda", words=["train.device=cuda", "valid here: auto, cpu"])
+
+
+def test_a_folder_that_nobody_may_enter(tmp_path: Path) -> None:
+    """Links in a circle stand for it: root, who may run these tests, may enter everything."""
+    (tmp_path / "circle").symlink_to("circle")
+    refused(78, 1, tmp_path, f"run.root={tmp_path / 'circle'}", words=[f"run.root={tmp_path / 'circle'}"])
+    long = tmp_path / ("x" * 300)
+    refused(78, 1, tmp_path / "1", f"run.root={long}", words=["run.root=", "File name too long"])
+    data = ("data.name=folder", "data.image_size=8", f"data.root={long}")
+    refused(65, 1, tmp_path / "2", *data, words=["data.root=", "File name too long"])
+
+
 # Sampling
 
 
@@ -404,3 +437,14 @@ def test_sampling_to_where_nothing_can_be_written(root: Path, tmp_path: Path) ->
     with Job(1, tmp_path / "sample.log", call_sample, (argv,)) as job:
         assert job.wait(60) == [78], job.output()
         assert_one_line(job.output(), f"--out {out}")
+
+
+def test_a_folder_of_more_images_than_were_asked_for_is_not_mixed_with_others(root: Path, tmp_path: Path) -> None:
+    argv = [str(root / "run"), "--steps", "1", "--out", f"{tmp_path}/images/", "--num"]
+    with Job(1, tmp_path / "first.log", call_sample, ([*argv, "3"],)) as job:
+        assert job.wait(60) == [0], job.output()
+    before = snapshot(tmp_path / "images")
+    with Job(1, tmp_path / "second.log", call_sample, ([*argv, "2", "--seed", "1"],)) as job:
+        assert job.wait(60) == [78], job.output()
+        assert_one_line(job.output(), f"{tmp_path}/images", "--num 2")
+    assert snapshot(tmp_path / "images") == before

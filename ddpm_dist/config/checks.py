@@ -43,7 +43,7 @@ def check_together(config: Config) -> None:
             f"diffusion.beta_start={config.diffusion.beta_start}: must not be above "
             f"diffusion.beta_end={config.diffusion.beta_end}"
         )
-    if config.preview.steps > config.diffusion.num_timesteps:
+    if config.preview.num_images and config.preview.steps > config.diffusion.num_timesteps:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ import yaml
 from ddpm_dist.config.checks import check_together
 from ddpm_dist.config.schema import Config, Key, from_flat, keys
 from ddpm_dist.errors import ConfigError
+
+PATHS = ("run.root", "data.root")  # `~` is the home folder in them
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -149,7 +152,7 @@ def _convert(item: Key, text: str, place: str) -> Any:
     if wanted is str:
         if not text:
             raise refuse("some text")
-        return text
+        return os.path.expanduser(text) if item.name in PATHS else text
     name = {int: "a whole number", float: "a number"}[wanted]
     try:
         value = wanted(text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -87,7 +89,7 @@ class ImageFolder:
     def __init__(self, root: Path, image_size: int) -> None:
         if not root.is_dir():
             raise DataError(f"data.root={root}: no such folder")
-        self._files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self._files = _image_files(root)
         if not self._files:
             raise DataError(f"data.root={root}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder")
         self.shape = (3, image_size, image_size)
@@ -113,12 +115,39 @@ class ImageFolder:
             raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 
+def _image_files(root: Path) -> list[Path]:
+    """Links to folders are followed, as data sets are often put together from them."""
+    seen, files = set(), []
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()  # links in a circle
+            continue
+        seen.add(real)
+        files += [path for name in names if (path := Path(folder, name)).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(files)
+
+
+@contextlib.contextmanager
+def _its_errors(data: DataConfig) -> Iterator[None]:
+    """What the file system says inside, as a DataError about data.root."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data.root={data.root}: cannot be used ({error})") from None
+
+
 def prepare(data: DataConfig) -> None:
     """Fetch the data set if it is not there. For rank 0 alone.
 
     Raises:
         DataError: it is not there and data.download is false, or it cannot be fetched.
     """
+    with _its_errors(data):
+        _prepare(data)
+
+
+def _prepare(data: DataConfig) -> None:
     root = Path(data.root)
     missing = [path for path in _needed_files(data.name, root) if not path.exists()]
     if missing and not data.download:
@@ -144,7 +173,8 @@ def load(data: DataConfig) -> Images:
         DataError: names the file that is missing, truncated or not an image set, or that there are fewer
             images than one step needs.
     """
-    images = _load(data)
+    with _its_errors(data):
+        images = _load(data)
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "

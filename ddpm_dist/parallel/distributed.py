@@ -61,7 +61,7 @@ def pick_device(requested: str, env: RankEnvironment) -> torch.device:
     if not available:
         raise ConfigError("train.device=cuda: this machine shows no CUDA device; valid here: auto, cpu")
     count = torch.cuda.device_count()
-    if env.local_rank >= count:
+    if env.local_world_size > count:  # the same answer on every rank of the node
         raise ConfigError(f"{env.local_world_size} ranks on a node with {count} GPUs; start one rank a GPU")
     return torch.device("cuda", env.local_rank)
 

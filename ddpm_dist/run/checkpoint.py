@@ -86,6 +86,10 @@ class CheckpointStore:
         """Steps that have a manifest, ascending. Ordered by step, never by time."""
         return sorted(_steps(self.directory, "json"))
 
+    def read_manifest(self, step: int) -> dict[str, Any]:
+        """What the manifest says; {} where it is missing or damaged."""
+        return read_json(self._manifest(step)) or {}
+
     def newest_valid(self) -> tuple[Checkpoint, str] | None:
         """The newest checkpoint that is what its manifest says, and its sha256; None if none was committed.
 
@@ -114,8 +118,11 @@ class CheckpointStore:
         Raises:
             DataError: says what is wrong with it.
         """
-        path, manifest = self._path(step), read_json(self._manifest(step))
-        if manifest is None or not isinstance(manifest.get("sha256"), str):
+        path, manifest = self._path(step), self.read_manifest(step)
+        if not self._manifest(step).exists():
+            there = ", ".join(map(str, self.committed())) or "none"
+            raise DataError(f"{self.directory}: no checkpoint of step {step}; there are: {there}")
+        if not isinstance(manifest.get("sha256"), str):
             raise DataError(f"{self._manifest(step).name}: unreadable manifest")
         expected = sha256 or manifest["sha256"]
         try:

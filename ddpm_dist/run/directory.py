@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +17,7 @@ from ddpm_dist.errors import ConfigError, DataError, ExitCode
 from ddpm_dist.run.files import read_json, replacing, write_json
 
 State = Literal["running", "preempted", "finished", "failed"]
+STATES = frozenset(typing.get_args(State))
 
 
 class RunDirectory:
@@ -31,6 +35,14 @@ class RunDirectory:
         self.mlflow_file = path / "mlflow.json"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+
+    @contextlib.contextmanager
+    def its_errors(self) -> Iterator[None]:
+        """What the file system says inside, as a ConfigError about run.root."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for links in a circle
+            raise ConfigError(f"run.root={self.path.parent}: cannot be used ({error})") from None
 
     def create(self) -> None:
         """Make the folder and prove that it can be written.
@@ -61,8 +73,9 @@ class RunDirectory:
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} before the first attempt, and where it is damaged: the checkpoints decide then."""
         status = read_json(self.status_file) or {}
-        sound = isinstance(status.get("attempt"), int) and isinstance(status.get("saved_step"), int | None)
-        return status if sound else {}
+        types = {"attempt": int, "saved_step": int | None, "pid": int, "host": str}
+        sound = all(isinstance(status.get(name), type_) for name, type_ in types.items())
+        return status if sound and status.get("state") in STATES else {}
 
     def read_config(self) -> Config:
         """The config of this run.
@@ -84,9 +97,11 @@ class RunDirectory:
         Raises:
             ConfigError: a key that shapes what is learned differs; all such keys are named.
         """
-        if not self.config_file.exists():
-            return []
-        refused, free = changes(self.read_config(), config)
+        return self.refuse_changes(self.read_config(), config) if self.config_file.exists() else []
+
+    def refuse_changes(self, old: Config, new: Config) -> list[str]:
+        """Raises ConfigError if a key differs that shapes what is learned; returns the other differences."""
+        refused, free = changes(old, new)
         if refused:
             raise ConfigError(
                 f"{self.path} was started with another config: {'; '.join(refused)}. "

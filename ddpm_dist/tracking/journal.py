@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,10 @@ class Journal:
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")  # ends a torn line, so that ours starts afresh
 
-    def append(self, record: dict[str, Any]) -> None:
-        os.write(self._descriptor, (json.dumps(record) + "\n").encode())
+    def append(self, record: dict[str, float]) -> None:
+        """A figure that is no finite number is written as null: JSON has no NaN."""
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        os.write(self._descriptor, (json.dumps(finite) + "\n").encode())
 
     def sync(self) -> None:
         """Make what was appended durable."""
@@ -50,7 +53,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record, offset
 
 

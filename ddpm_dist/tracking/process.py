@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from ddpm_dist.config import Config
+from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.run.files import read_json
+
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
-def tracking_uri(config: Config) -> str:
-    """tracking.uri, else $MLFLOW_TRACKING_URI, else an SQLite database in run.root."""
-    database = Path(config.run.root).resolve() / "mlflow.db"
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+def choose_uri(config: Config, directory: RunDirectory) -> str | None:
+    """tracking.uri, else where this run was begun, else $MLFLOW_TRACKING_URI, else None: the database in run.root.
+
+    So a run stays one MLflow run, whatever the shell of a later attempt or of `sync` has in its environment.
+
+    Raises:
+        ConfigError: it is no address of a server or database.
+    """
+    noted = read_json(directory.mlflow_file) or {}
+    uri = config.tracking.uri or (noted["uri"] if "uri" in noted else os.environ.get("MLFLOW_TRACKING_URI")) or None
+    if uri is not None and re.split(r"[+:]", str(uri))[0] not in SCHEMES:
+        raise ConfigError(
+            f"tracking.uri={uri} (or $MLFLOW_TRACKING_URI): expected http://..., sqlite:///... or another database "
+            "(MLflow refuses folders); null: mlflow.db in run.root"
+        )
+    return uri
+
+
+def address_of(uri: str | None, directory: RunDirectory) -> str:
+    """A tracking URI for MLflow. The default database lies beside the run, wherever that was moved to."""
+    return uri or f"sqlite:///{directory.path.resolve().parent / 'mlflow.db'}"
 
 
 class ShipperProcess:
     """Mirrors a run directory into MLflow while the trainer lives, and a little longer."""
 
-    def __init__(self, process: subprocess.Popen[bytes], uri: str) -> None:
-        self._process, self._uri = process, uri
+    def __init__(self, process: subprocess.Popen[bytes], directory: RunDirectory) -> None:
+        self._process, self._directory = process, directory
+        self._uri = address_of(choose_uri(directory.read_config(), directory), directory)
 
     @classmethod
     def start(cls, run_directory: Path) -> ShipperProcess:
@@ -39,14 +62,17 @@ class ShipperProcess:
                 env=environment,
                 start_new_session=True,
             )
-        return cls(process, tracking_uri(directory.read_config()))
+        return cls(process, directory)
 
     def wait(self, timeout_seconds: float) -> None:
         """Until everything is delivered, but no longer than this: it goes on without us."""
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
-            print(f"MLflow has not got everything yet; later: python -m ddpm_dist.sync (see {self._uri})")
+            path = self._directory.path
+            words = (path / "shipper.log").read_text(errors="replace").splitlines()
+            reason = f" ({words[-1]})" if words else ""
+            print(f"MLflow has not got everything{reason}; later: python -m ddpm_dist.sync {path}", flush=True)
 
     def how_to_look(self) -> str:
         """A command or an address for a person."""

@@ -24,7 +24,7 @@ from ddpm_dist.config import Config, to_flat
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.files import read_json, write_json
 from ddpm_dist.tracking.journal import read_lines
-from ddpm_dist.tracking.process import tracking_uri
+from ddpm_dist.tracking.process import address_of, choose_uri
 
 POLL_SECONDS = 2.0
 LAST_TRIES_SECONDS = 60.0
@@ -43,7 +43,8 @@ class Shipped:
     """What MLflow has acknowledged (mlflow.json).
 
     Attributes:
-        uri, run_id: which MLflow run this is; run_id is None until it was created.
+        uri: where the run is kept; None is the database in run.root.
+        run_id: which MLflow run this is; None until it was created.
         identity: a tag that finds the run again if we died between its creation and our note of it.
         offset: bytes of metrics.jsonl that were dealt with.
         last_step: lines up to this step are there; steps trained again after a kill are not sent twice.
@@ -51,7 +52,7 @@ class Shipped:
         params: config as it was logged; MLflow lets no parameter change.
     """
 
-    uri: str
+    uri: str | None
     run_id: str | None = None
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     offset: int = 0
@@ -71,7 +72,7 @@ class Shipper:
         self._directory = directory
         self._config: Config = directory.read_config()
         self._client: Any = None
-        uri = tracking_uri(self._config)
+        uri = choose_uri(self._config, directory)
         noted = read_json(directory.mlflow_file)
         known = noted is not None and set(noted) == set(asdict(Shipped(uri))) and noted["uri"] == uri
         self._shipped = Shipped(**noted) if known and noted else Shipped(uri)
@@ -109,7 +110,7 @@ class Shipper:
 
         self._note()  # our identity is on disk before the run exists
         with _locked(self._directory.path.parent / ".mlflow.lock"):  # two runs may create the same database
-            client = MlflowClient(self._shipped.uri)
+            client = MlflowClient(address_of(self._shipped.uri, self._directory))
             experiment_id = self._experiment(client)
             if self._shipped.run_id is None:
                 self._shipped.run_id = self._find_or_create(client, experiment_id)
@@ -123,7 +124,7 @@ class Shipper:
         if found is not None:
             return found.experiment_id
         location = None
-        if self._shipped.uri.startswith("sqlite:"):
+        if address_of(self._shipped.uri, self._directory).startswith("sqlite:"):
             location = (self._directory.path.parent.resolve() / "mlartifacts").as_uri()
         return client.create_experiment(name, artifact_location=location)
 
@@ -159,9 +160,10 @@ class Shipper:
         while batch := list(itertools.islice(lines, RECORDS_PER_BATCH)):
             last_step, metrics = self._shipped.last_step, []
             for record, _ in batch:
-                if record["step"] > last_step:
+                if record["step"] > last_step and isinstance(record.get("time"), int | float):
                     last_step, when = record["step"], int(record["time"] * 1000)
-                    metrics += [Metric(key, record[key], when, last_step) for key in METRICS if key in record]
+                    given = ((key, record.get(key)) for key in METRICS)
+                    metrics += [Metric(key, value, when, last_step) for key, value in given if value is not None]
             if metrics:
                 self._client.log_batch(self._shipped.run_id, metrics=metrics)
             self._shipped.offset, self._shipped.last_step = batch[-1][1], last_step
@@ -212,7 +214,7 @@ def sync(directory: RunDirectory) -> str:
         NotDelivered: try again later.
     """
     status = directory.read_status()
-    alive = status.get("host") != socket.gethostname() or _is_alive(status.get("pid", 0))
+    alive = bool(status) and (status["host"] != socket.gethostname() or _is_alive(status["pid"]))
     state = true_state(directory, alive)
     prepare_client()
     with _locked(directory.path / ".shipper.lock", wait=False):

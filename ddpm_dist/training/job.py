@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ddpm_dist.config import Config, check_world_size, to_yaml
+from ddpm_dist.command import one_line
+from ddpm_dist.config import Config, check_world_size, from_flat, to_yaml
 from ddpm_dist.data import datasets
 from ddpm_dist.data.batches import iterate
 from ddpm_dist.data.datasets import Images
-from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
+from ddpm_dist.errors import ConfigError, DataError, ExitCode
 from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.parallel.distributed import Ranks, RankZeroFailed, is_lost_contact, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
@@ -23,7 +25,7 @@ from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.preemption import StopSignal
 from ddpm_dist.tracking.journal import Journal, read_metrics
-from ddpm_dist.tracking.process import ShipperProcess
+from ddpm_dist.tracking.process import ShipperProcess, choose_uri
 from ddpm_dist.training.build import build_batches, build_trainer
 from ddpm_dist.training.loop import Loop
 from ddpm_dist.training.precision import Numerics, configure_backends, resolve
@@ -42,7 +44,7 @@ def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
         RankZeroFailed: on other ranks, for what rank 0 reports.
     """
     check_world_size(config, env.world_size)
-    device = pick_device(config.train.device, env)
+    device = _device(config, env)
     configure_backends(config.train, config.train.threads or cpu_threads(env))
     ranks = Ranks(env, device, config.distributed.timeout_seconds, stop.requested)
     job = Job(config, ranks, stop)
@@ -56,6 +58,17 @@ def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
     ranks.leave()
     job.wait_for_tracking(code)
     return code
+
+
+def _device(config: Config, env: RankEnvironment) -> torch.device:
+    """A node's ranks all find the same error; the first of them says it."""
+    try:
+        return pick_device(config.train.device, env)
+    except ConfigError as error:
+        if env.local_rank == 0:
+            raise
+        time.sleep(2)  # the first rank to exit has the launcher kill the others
+        raise RankZeroFailed(error.exit_code) from None
 
 
 @dataclass(frozen=True)
@@ -82,16 +95,14 @@ class Job:
 
     def run(self) -> ExitCode:
         config, ranks = self.config, self.ranks
-        ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
-        images = ranks.all_succeed(lambda: datasets.load(config.data))
-        steps_per_epoch = len(images) // config.data.batch_size
-        target = config.train.max_steps or config.train.epochs * steps_per_epoch
-
-        start = Start(**ranks.on_rank_zero(lambda should_stop: dataclasses.asdict(self._find_start(target))))
+        start = Start(**ranks.on_rank_zero(lambda should_stop: dataclasses.asdict(self._find_start())))
         if start.finished:
             if ranks.is_zero:
-                print(f"{self.directory.path} is finished: step {start.saved_step} of {target}; nothing to do")
+                print(f"{self.directory.path} is finished: step {start.saved_step} reached its target; nothing to do")
             return ExitCode.FINISHED
+        ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
+        images = ranks.all_succeed(lambda: datasets.load(config.data))
+        target = self._target(len(images))
         checkpoint = ranks.all_succeed(lambda: self._load(start))
         numerics, contract = ranks.all_succeed(lambda: self._contract(images, target, checkpoint))
 
@@ -104,14 +115,27 @@ class Job:
                 finished = loop.fit()
             return self.end(ExitCode.FINISHED if finished else ExitCode.PREEMPTED)
 
-    def _find_start(self, target: int) -> Start:
+    def _target(self, num_images: int) -> int:
+        """The step at which the run is finished."""
+        return self.config.train.max_steps or self.config.train.epochs * (num_images // self.config.data.batch_size)
+
+    def _find_start(self) -> Start:
         """Rank 0: may this run go on, and from where? Writes nothing where the run is finished."""
+        with self.directory.its_errors():
+            return self._look_for_start()
+
+    def _look_for_start(self) -> Start:
         self.directory.refuse_links()
         changed = self.directory.reconcile(self.config)
         status = self.directory.read_status()
         saved = status.get("saved_step")
-        if status.get("state") == "finished" and saved is not None and saved >= target:
-            return Start(True, int(status.get("attempt", 0)), saved, None, [])
+        if status.get("state") == "finished" and saved is not None:
+            # Neither the images nor the weights of a finished run need be there any more.
+            num_images = self.store.read_manifest(saved).get("contract", {}).get("num_images")
+            if num_images is not None and saved >= self._target(num_images):
+                return Start(True, status["attempt"], saved, None, [])
+        if self.config.tracking.enabled:
+            choose_uri(self.config, self.directory)  # refused now rather than noticed at the end
         self.directory.create()
         found = self.store.newest_valid()
         if found is None and saved is not None:
@@ -120,10 +144,11 @@ class Job:
                 "restore it, or move the run directory away to start at step 0"
             )
         self.store.sweep()
-        attempt = int(status.get("attempt", 0)) + 1
+        attempt = status.get("attempt", 0) + 1
         if found is None:
             return Start(False, attempt, None, None, changed)
         checkpoint, sha256 = found
+        self.directory.refuse_changes(from_flat(checkpoint.config), self.config)  # whatever became of config.yaml
         return Start(False, attempt, checkpoint.step, sha256, changed)
 
     def _load(self, start: Start) -> Checkpoint | None:
@@ -278,14 +303,13 @@ class Job:
             self.shipper.wait(timeout_seconds=60)
 
 
-def explain(error: BaseException, rank: int) -> tuple[int, str]:
+def explain(error: Exception, rank: int) -> tuple[int, str]:
     """(exit code, what to print) for an error that ends this rank."""
     if isinstance(error, RankZeroFailed):
         return error.exit_code, ""
-    if isinstance(error, UserError):
-        return error.exit_code, f"error: {error}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return ExitCode.SOFTWARE, f"error: rank {rank}: {error.filename}: {error.strerror}"
+    said = one_line(error)
+    if said is not None:
+        return said
     if is_lost_contact(error):
         return ExitCode.SOFTWARE, f"error: rank {rank} lost contact to another rank: {' '.join(str(error).split())}"
     return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"

@@ -10,7 +10,7 @@ import pytest
 from ddpm_dist.tracking.journal import Journal, read_lines, read_metrics
 
 
-def append(path: Path, *records: dict[str, object]) -> None:
+def append(path: Path, *records: dict[str, float]) -> None:
     journal = Journal(path)
     for record in records:
         journal.append(record)
@@ -20,7 +20,7 @@ def append(path: Path, *records: dict[str, object]) -> None:
 
 def test_what_is_appended_is_read_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    records = [{"step": step, "loss": 1 / step, "note": "line\nbreak"} for step in (1, 2, 3)]
+    records = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
     append(path, *records[:2])
     append(path, records[2])
     assert [record for record, _ in read_lines(path)] == records == read_metrics(path)
@@ -107,3 +107,11 @@ def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_journal_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="none"):
         Journal(tmp_path / "none" / "metrics.jsonl")
+
+
+def test_figures_that_are_no_finite_numbers_are_null_and_each_line_is_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-4})
+    assert list(read_metrics(path)) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 1e-4}]
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()

@@ -506,7 +506,8 @@ def test_loss_that_is_no_number_does_not_stop_what_follows(root: Path, finished:
     Shipper(directory).ship("finished")
     found = the_run(database(root), f"loss-{loss}")
     stored = points(database(root), found.info.run_id)
-    assert [step for step, _ in stored["loss"]] == [step for step, _ in stored["lr"]] == list(range(1, 9))
+    assert [step for step, _ in stored["lr"]] == list(range(1, 9))
+    assert [step for step, _ in stored["loss"]] == [1, 2, 3, 6, 7, 8]
 
 
 def test_key_that_later_attempts_changed_becomes_a_tag(root: Path, finished: Path) -> None:
@@ -528,19 +529,51 @@ def test_two_runs_of_one_name_in_different_roots_are_two_runs(root: Path, finish
     assert len(runs_in(database(root), "twins")) == 2
 
 
-def test_coming_back_to_a_server_goes_on_with_the_run_that_is_there(
+def test_another_environment_or_working_directory_does_not_split_a_run(
     root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As by `ddpm_dist.sync` from a shell in which MLFLOW_TRACKING_URI was not set."""
-    directory = make_run(root, "elsewhere")
+    """As by `ddpm_dist.sync` from another shell; run.root is often relative."""
+    monkeypatch.chdir(root)
+    directory = make_run(Path("."), "elsewhere")
     Shipper(directory).ship("running")
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-        with pytest.raises(NotDelivered):
-            Shipper(directory).ship("running")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.chdir(tmp_path)
+    directory = RunDirectory(root / "elsewhere")
+    Shipper(directory).ship("running")
     append(directory, range(21, 25), attempt=2)
     Shipper(directory).ship("finished")
     assert_delivered(database(root), "elsewhere", directory.path)
+
+
+def test_coming_back_to_a_server_goes_on_with_the_run_that_is_there(root: Path, finished: Path) -> None:
+    """tracking.uri may change, and change back."""
+    directory = make_run(root, "back")
+    Shipper(directory).ship("running")
+    make_run(root, "back", f"tracking.uri=http://127.0.0.1:{free_port()}", steps=0)
+    with pytest.raises(NotDelivered):
+        Shipper(directory).ship("running")
+    make_run(root, "back", f"tracking.uri={database(root)}", steps=0)
+    append(directory, range(21, 25), attempt=2)
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), "back", directory.path)
+
+
+def test_a_folder_as_tracking_uri_is_refused_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow would refuse it later, in a process that nobody looks at."""
+    with start(1, root, *RUN, "tracking.uri=./mlruns", name="folder") as job:
+        assert job.wait(60) == [ExitCode.CONFIG], job.output()
+        assert "MLFLOW_TRACKING_URI" in job.output()
+    assert not (root / "folder").exists()
+
+
+def test_a_line_without_its_time_is_passed_over(root: Path, finished: Path) -> None:
+    directory = make_run(root, "odd")
+    with directory.metrics_file.open("a") as file:
+        file.write('{"step": 21, "loss": 1.0}\n')
+    Shipper(directory).ship("finished")
+    assert [step for step, _ in points(database(root), the_run(database(root), "odd").info.run_id)["loss"]] == [
+        *range(1, 21)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
@@ -560,7 +593,7 @@ def test_last_tries_are_bounded_and_nothing_is_lost(
     said = capsys.readouterr().out
     assert "gave up" in said
     assert f"ddpm_dist.sync {directory.path}" in said
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    make_run(root, f"bounded-{kind}", f"tracking.uri={database(root)}", steps=0)
     Shipper(directory).ship("finished")
     assert_delivered(database(root), f"bounded-{kind}", directory.path)
 
