@@ -12,6 +12,7 @@ class ExitCode(enum.IntEnum):
     DATA = 65  # data or checkpoint unusable
     SOFTWARE = 70  # our fault
     PREEMPTED = 75  # run me again
+    NO_PROGRESS = 76  # diverged, or taken over: do not requeue
     CONFIG = 78
 
 
@@ -32,6 +33,12 @@ class DataError(UserError):
     """Images or checkpoints that are missing, truncated or not what they say they are."""
 
     exit_code = ExitCode.DATA
+
+
+class Diverged(UserError):
+    """Gradients that are no finite numbers, step after step: going on would waste the machine."""
+
+    exit_code = ExitCode.NO_PROGRESS
 
 
 class StopRequested(Exception):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -288,6 +288,13 @@ class Ranks:
 
         self.on_rank_zero(collect)
         return cast(T, value)
+
+    def fail_together(self, error: UserError) -> NoReturn:
+        """Leave for a reason that every rank has found by itself; rank 0 says it. Collective."""
+        self.failure_is_shared = True
+        if self.is_zero:
+            raise error
+        raise RankZeroFailed(error.exit_code)
 
     def report_failure(self, exit_code: int, reason: str) -> None:
         """Leave word of why this rank ends alone; rank 0 finds it in `reported_failure`."""

@@ -28,7 +28,7 @@ from ddpm_dist.tracking.process import address_of, choose_uri
 
 POLL_SECONDS = 2.0
 LAST_TRIES_SECONDS = 60.0
-METRICS = ("loss", "lr", "grad_norm", "images_per_second", "epoch")
+METRICS = ("loss", "lr", "grad_norm", "skipped", "images_per_second", "epoch")
 RECORDS_PER_BATCH = 1000 // len(METRICS)  # MLflow takes at most 1000 metrics at once
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 IDENTITY_TAG = "ddpm_dist.identity"

@@ -13,7 +13,7 @@ import torch
 
 import ddpm_dist
 from ddpm_dist.data.batches import Batch
-from ddpm_dist.errors import StopRequested
+from ddpm_dist.errors import Diverged, StopRequested
 from ddpm_dist.evaluation.pictures import save_grid
 from ddpm_dist.evaluation.sampling import sample_blocks
 from ddpm_dist.run.checkpoint import CheckpointStore
@@ -83,12 +83,21 @@ class Loop:
             "loss": means.loss,
             "lr": lr,
             "grad_norm": means.grad_norm,
+            "skipped": means.skipped,
             "images_per_second": round(images / (time.perf_counter() - self._clock_start), 1),
         }
         self._restart_clock()
         if self.journal is not None:
             self.journal.append(record)
             self.progress.update(record)
+        limit = trainer.config.train.max_skipped
+        if means.most_in_a_row >= limit:  # the same on every rank
+            trainer.ranks.fail_together(
+                Diverged(
+                    f"step {step}: the gradients of {means.most_in_a_row} steps in a row were NaN or inf "
+                    f"(train.max_skipped={limit}); lower optim.lr or set optim.grad_clip, in another run.name"
+                )
+            )
 
     def _restart_clock(self) -> None:
         self._clock_start, self._clock_step = time.perf_counter(), self.trainer.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,18 @@ from ddpm_dist.training.precision import Numerics
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """Means over ranks and steps since the last line of metrics.jsonl. grad_norm is that before clipping."""
+    """Means over ranks and steps since the last line of metrics.jsonl.
+
+    Attributes:
+        loss, grad_norm: of the steps whose update was applied, NaN if there were none; the norm before clipping.
+        skipped: updates that were left out, because a gradient was NaN or inf.
+        most_in_a_row: the longest series of such updates that was not over before the window.
+    """
 
     loss: float
     grad_norm: float
+    skipped: int
+    most_in_a_row: int
 
 
 class Trainer:
@@ -64,8 +73,9 @@ class Trainer:
         self.step = 0
         self._first_shard, self._decay_steps = first_shard, decay_steps
         self._parameters = list(model.parameters())
-        # Sums of loss, gradient norm and 1 since the last log line. On the device: reading them would make it wait.
-        self._window = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        # Since the last log line. On the device: reading them would make it wait.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, gradient norm, applied updates
+        self._skips = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # skipped, in a row now, most in a row
         self._num_micro = self._count_micro_batches()
 
     def _count_micro_batches(self) -> int:
@@ -88,6 +98,7 @@ class Trainer:
             group["lr"] = self.lr
         seed_default_generators(self.ranks.device, self.config.run.seed, "dropout", self.step, self._first_shard)
 
+        step_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         micro_batches = zip(*(whole.chunk(self._num_micro) for whole in (x_t, t, noise)), strict=True)
         for index, (x_micro, t_micro, noise_micro) in enumerate(micro_batches, start=1):
             last = index == self._num_micro
@@ -96,16 +107,13 @@ class Trainer:
                     eps_pred = self.ddp_model(x_micro, t_micro)
                 loss = self.diffusion.loss(eps_pred.float(), noise_micro) / self._num_micro
                 self.scaler.scale(loss).backward()
-            self._window[0] += loss.detach()
+            step_loss += loss.detach()
 
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self._update_weights(grad_norm)
         self.ema.update(self.step)
-        self._window[1] += grad_norm
-        self._window[2] += 1
+        self._count(step_loss, grad_norm)
         self.step += 1
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,25 +133,49 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.optim.grad_clip, norm)
         return norm
 
+    def _update_weights(self, grad_norm: Tensor) -> None:
+        """Adam's update, unless a gradient is NaN or inf: all ranks have the same ones, so they agree."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        elif self.config.optim.fused:
+            self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif torch.isfinite(grad_norm):  # this waits for the device; the fused kernel does not
+            self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def _count(self, loss: Tensor, grad_norm: Tensor) -> None:
+        applied = torch.isfinite(grad_norm)
+        sums = torch.stack([loss, grad_norm.double(), torch.ones_like(loss)])
+        self._sums += torch.where(applied, sums, 0)
+        in_a_row = torch.where(applied, 0, self._skips[1] + 1)
+        self._skips[0] += ~applied
+        self._skips[1] = in_a_row
+        self._skips[2] = torch.maximum(self._skips[2], in_a_row)
+
     def take_means(self) -> WindowMeans:
         """Means since the last call, which the next call starts from. Waits for the device. Collective."""
-        loss, grad_norm, steps = self.ranks.sum(self._window).tolist()
-        self._window.zero_()
-        return WindowMeans(loss / steps, grad_norm / steps)
+        loss, grad_norm, applied = self.ranks.sum(self._sums).tolist()
+        skipped, in_a_row, most = (int(count) for count in self._skips.tolist())
+        self._sums.zero_()
+        self._skips.copy_(torch.tensor([0, in_a_row, in_a_row]))
+        applied = applied or math.nan
+        return WindowMeans(loss / applied, grad_norm / applied, skipped, most)
 
     def checkpoint(self, contract: dict[str, Any]) -> Checkpoint:
         """All that the run needs to go on from here. Collective."""
         # Rank 0 holds the sums of all from here on, so that the curve goes on over a resume without a seam.
-        self.ranks.sum(self._window)
+        self.ranks.sum(self._sums)
         if not self.ranks.is_zero:
-            self._window.zero_()
+            self._sums.zero_()
         return Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
-            window=self._window.cpu(),
+            window=torch.cat([self._sums, self._skips]).cpu(),
             config=to_flat(self.config),
             contract=contract,
         )
@@ -155,5 +187,7 @@ class Trainer:
         self.ema.load_state_dict(checkpoint.ema)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.scaler.load_state_dict(checkpoint.scaler)
+        sums, skips = checkpoint.window.split(3)
+        self._skips.copy_(skips)
         if self.ranks.is_zero:
-            self._window.copy_(checkpoint.window)
+            self._sums.copy_(sums)

@@ -392,6 +392,7 @@ def append(directory: RunDirectory, steps: range, attempt: int, **changes: float
     for step in steps:
         record = {"step": step, "epoch": step / 10, "attempt": attempt, "time": 1.7e9 + attempt * 1e4 + step / 3}
         record |= {"loss": 1 / step + attempt, "lr": 1e-4 / step, "grad_norm": 0.1 + step, "images_per_second": 7.0}
+        record["skipped"] = 0
         journal.append(record | changes)
     journal.close()
 

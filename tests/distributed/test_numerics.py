@@ -1,0 +1,90 @@
+"""NaN on one rank: the same decision everywhere, no weight touched by it, and a clean end where it does not stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from harness import call_train, committed, differences, final_state, metrics, start, status, train
+
+from ddpm_dist.data.batches import Batch, StepBatches
+
+RUN = ("train.max_steps=8", "train.log_every=2", "checkpoint.every=4")
+
+
+def _poison(*steps: int) -> None:
+    """The last rank's noise of these steps is NaN."""
+    sound = StepBatches.__getitem__
+
+    def poisoned(self: StepBatches, step: int) -> Batch:
+        batch = sound(self, step)
+        last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+        return batch._replace(noise=batch.noise * float("nan")) if last and step in steps else batch
+
+    StepBatches.__getitem__ = poisoned  # type: ignore[method-assign]
+
+
+def nan_at_5(argv: Sequence[str]) -> int:
+    _poison(5)
+    return call_train(argv)
+
+
+def nan_from_3_on(argv: Sequence[str]) -> int:
+    _poison(*range(3, 100))
+    return call_train(argv)
+
+
+@pytest.mark.parametrize(
+    "options", [("train.precision=fp32",), ("optim.fused=no",), ("train.precision=bf16", "optim.grad_clip=1")]
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_update_with_nan_on_one_rank_is_skipped_by_all(
+    tmp_path: Path, options: tuple[str, ...], world_size: int
+) -> None:
+    run = train(world_size, tmp_path, *RUN, *options, function=nan_at_5)
+    state = final_state(run)
+    assert all(torch.isfinite(value).all() for name in ("model", "ema") for value in state[name].values())
+    assert [record["skipped"] for record in metrics(run)] == [0, 0, 1, 0]
+    assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in metrics(run))
+    assert state["step"] == 8
+    # Adam counts the updates that it made, and its rate must not run ahead of them.
+    assert {float(entry["step"]) for entry in state["optimizer"]["state"].values()} == {7.0}
+
+
+def test_what_follows_a_skipped_update_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """With a constant rate only the average notices: it moves once towards unchanged weights."""
+    stop = ("train.max_steps=6", "checkpoint.every=5", "train.log_every=1")
+    state = final_state(train(2, tmp_path, *stop, name="poisoned", function=nan_at_5))
+    before = torch.load(tmp_path / "poisoned" / "checkpoints" / "step-00000005.pt", weights_only=True)
+    assert differences(before["model"], state["model"]) == []
+    assert differences(before["optimizer"], state["optimizer"]) == []
+    assert differences(before["ema"], state["ema"]) != []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nan_step_after_step_ends_the_run_with_76_and_saves_nothing_bad(tmp_path: Path, world_size: int) -> None:
+    options = (*RUN, "train.max_steps=60", "train.max_skipped=6", "checkpoint.every=2")
+    with start(world_size, tmp_path, *options, function=nan_from_3_on) as job:
+        assert job.wait() == [76] * world_size
+        errors = [line for line in job.output().splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, job.output()
+        assert "NaN or inf" in errors[0]
+        assert "Traceback" not in job.output()
+    run = tmp_path / "run"
+    assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 76)
+    assert metrics(run)[-1]["step"] == 10, "looked at when logging: 6 in a row are there after step 9"
+    assert metrics(run)[-1]["loss"] is None
+    for step in committed(run):
+        state = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+        assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_a_series_of_skips_goes_on_over_a_resume(tmp_path: Path) -> None:
+    options = ("train.log_every=2", "checkpoint.every=5", "train.max_skipped=6")
+    train(2, tmp_path, *options, "train.max_steps=5", function=nan_from_3_on)
+    with start(2, tmp_path, *options, "train.max_steps=60", function=nan_from_3_on) as job:
+        assert job.wait() == [76, 76]
+    assert metrics(tmp_path / "run")[-1]["step"] == 10
