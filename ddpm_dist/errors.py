@@ -41,5 +41,11 @@ class Diverged(UserError):
     exit_code = ExitCode.NO_PROGRESS
 
 
+class TakenOver(UserError):
+    """Another attempt writes into this run directory now; what this one goes on to do would be lost."""
+
+    exit_code = ExitCode.NO_PROGRESS
+
+
 class StopRequested(Exception):
     """Raised inside work that a stop signal may cut short (sampling, waiting); nothing is lost by it."""

@@ -222,7 +222,10 @@ def test_other_images_than_the_run_was_trained_on(root: Path, pixels: np.ndarray
     write_idx(root / "other", other)
     before = snapshot(root / "run")
     refused(65, 1, root, *go_on(root, f"data.root={root / 'other'}"), words=[f"data.root={root / 'other'}", "images"])
-    assert snapshot(root / "run") == before
+    after = snapshot(root / "run")
+    attempt = after.pop(str(root / "run" / "attempts" / "00002.json"))
+    assert after == before
+    assert json.loads(attempt[2])["exit_code"] == 65
 
 
 def test_fewer_images_than_the_run_was_trained_on(root: Path, pixels: np.ndarray) -> None:

@@ -6,6 +6,7 @@ No torch is imported here, so that a mistake is answered at once.
 from ddpm_dist.config.checks import check_world_size
 from ddpm_dist.config.reading import load_config
 from ddpm_dist.config.schema import (
+    CheckpointConfig,
     Config,
     DataConfig,
     OptimConfig,
@@ -19,6 +20,7 @@ from ddpm_dist.config.schema import (
 )
 
 __all__ = [
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "OptimConfig",

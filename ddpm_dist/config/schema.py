@@ -108,7 +108,9 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = key(500, "steps between checkpoints", minimum=1, free=True)
+    every_seconds: float | None = key(None, "also save when so much time has passed", above=0.0, free=True)
     keep_last: int = key(3, "how many of the newest checkpoints stay", minimum=2, free=True)
+    keep_every: int | None = key(None, "checkpoints at multiples of this step stay for ever", minimum=1, free=True)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import threading
@@ -24,6 +25,14 @@ from ddpm_dist.parallel.interface import choose_interface
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
 POLL_SECONDS = 0.02
+
+
+class Wish(enum.IntEnum):
+    """What a rank may ask of all between two steps; the greatest wins."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
 
 
 class RankZeroFailed(Exception):
@@ -91,7 +100,7 @@ class Ranks:
         self._stop_requested = stop_requested
         self._solo_count = 0
         self.failure_is_shared = False  # whether the error that ends us is known to all ranks
-        self._pending_stop: tuple[dist.Work, Tensor] | None = None
+        self._pending_wish: tuple[dist.Work, Tensor] | None = None
         if self.world_size > 1:
             self._connect(env, timedelta(seconds=timeout_seconds))
 
@@ -145,28 +154,31 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def agree_to_stop(self) -> bool:
-        """True on every rank at the same call, soon after any rank was asked to stop. Collective.
+    def agree(self, wish: Wish = Wish.NONE) -> Wish:
+        """The strongest wish of any rank, the same on every rank at the same call. Collective.
 
-        The answer is that of the flags at the previous call: the all-reduce runs beside the step in between,
+        A rank that was asked to stop wishes that, whatever it is called with.
+
+        The answer is that of the wishes at the previous call: the all-reduce runs beside the step in between,
         so nobody waits for it.
         """
+        wish = Wish.STOP if self._stop_requested() else wish
         if self.world_size == 1:
-            return self._stop_requested()
-        answer = self._finish_pending_stop()
-        flag = torch.tensor([int(self._stop_requested())], dtype=torch.int32)
+            return wish
+        answer = self._finish_pending_wish()
+        flag = torch.tensor([wish], dtype=torch.int32)
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._flags, async_op=True)
         assert work is not None
-        self._pending_stop = (work, flag)
+        self._pending_wish = (work, flag)
         return answer
 
-    def _finish_pending_stop(self) -> bool:
-        if self._pending_stop is None:
-            return False
-        work, flag = self._pending_stop
-        self._pending_stop = None
+    def _finish_pending_wish(self) -> Wish:
+        if self._pending_wish is None:
+            return Wish.NONE
+        work, flag = self._pending_wish
+        self._pending_wish = None
         work.wait()
-        return bool(flag.item())
+        return Wish(int(flag.item()))
 
     def on_rank_zero(self, work: Callable[[Callable[[], bool]], Any]) -> Any:
         """Rank 0 does the work alone while the others wait outside of any collective. Collective.
@@ -316,7 +328,7 @@ class Ranks:
         """Ends the process group once every rank is here, so that no rank exits under another. Collective."""
         if self.world_size == 1:
             return
-        self._finish_pending_stop()
+        self._finish_pending_wish()
         self._count_to("arrived", self.world_size)
         if self.is_zero:
             self._count_to("left", self.world_size)  # it may host the store, so it goes last

@@ -5,19 +5,25 @@ torch.load does not notice flipped bits (199 of 200 loaded silently when tried),
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import os
 import pickle
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
-from ddpm_dist.errors import DataError
-from ddpm_dist.run.files import TEMPORARY, read_json, replacing, sha256_of, write_json
+from ddpm_dist.errors import DataError, Diverged
+from ddpm_dist.run.files import TEMPORARY, Fence, no_fence, read_json, replacing, sha256_of, write_json
 
 FORMAT = 1
+SLACK_BYTES = 1_000_000  # names, numbers and the zip's own; leaves room for the small files too
 
 
 @dataclass(frozen=True)
@@ -49,25 +55,28 @@ class CheckpointStore:
 
     Args:
         directory: the `checkpoints/` folder; made at the first save.
+        fence: called before each rename; raises if this process may no longer write.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, fence: Fence = no_fence) -> None:
+        self.directory, self._fence = directory, fence
 
-    def save(self, checkpoint: Checkpoint, facts: dict[str, Any], keep_last: int) -> Path:
-        """Write, commit, then prune. After a kill at any instant the newest committed checkpoint is whole.
+    def save(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> Path:
+        """Write, then commit. After a kill at any instant the newest committed checkpoint is whole.
 
         Args:
             facts: plain JSON to add to the manifest (attempt, world size, versions ...).
-            keep_last: how many of the newest committed checkpoints stay.
 
         Raises:
             OSError: nothing was committed; older checkpoints are untouched.
+            Diverged: the weights are not all finite; nothing was committed.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self._path(checkpoint.step)
+        _refuse_infinite(checkpoint)
+        self._refuse_without_space(checkpoint)
         try:
-            with replacing(path) as file:
+            with replacing(path, self._fence) as file:
                 torch.save({name: getattr(checkpoint, name) for name in _FIELDS}, cast(BinaryIO, file))
         except RuntimeError as error:
             # torch wraps the file system's error in one about its zip writer.
@@ -75,12 +84,45 @@ class CheckpointStore:
                 raise error.__context__ from None
             raise
         manifest = {"step": checkpoint.step, "size": file.size, "sha256": file.hexdigest(), **facts}
-        write_json(path.with_suffix(".json"), manifest)
-        # Damaged ones ahead, that this run fell back from, do not count.
-        for old in [step for step in self.committed() if step <= checkpoint.step][:-keep_last]:
-            self._manifest(old).unlink()
-            self._path(old).unlink(missing_ok=True)
+        write_json(path.with_suffix(".json"), manifest, self._fence)
         return path
+
+    def prune(self, step: int, keep_last: int, keep_every: int | None = None) -> None:
+        """Read back what was saved at `step`; if it is good, remove all but the newest keep_last.
+
+        Args:
+            keep_every: checkpoints at multiples of this step stay too.
+
+        Raises:
+            DataError: it is not good; nothing was removed.
+            OSError: something could not be removed.
+        """
+        if sha256_of(self._path(step)) != self.read_manifest(step).get("sha256"):
+            raise DataError(f"{self._path(step).name}: reads back differently from what was written")
+        self._fence()
+        # Damaged ones ahead, that this run fell back from, do not count.
+        for old in [other for other in self.committed() if other <= step][:-keep_last]:
+            if not keep_every or old % keep_every:
+                self._manifest(old).unlink()
+                self._path(old).unlink(missing_ok=True)
+
+    def set_aside(self, newer_than: int) -> list[Path]:
+        """Rename checkpoints that turned out to be damaged: all that are newer than the one that is used."""
+        damaged = [step for step in self.committed() if step > newer_than]
+        for step in damaged:
+            for path in (self._manifest(step), self._path(step)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(path, path.with_name(f"{path.name}.damaged"))
+        return [self._path(step) for step in damaged]
+
+    def _refuse_without_space(self, checkpoint: Checkpoint) -> None:
+        needed = (
+            sum(tensor.nbytes for tensor in _tensors([getattr(checkpoint, name) for name in _FIELDS])) + SLACK_BYTES
+        )
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            text = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed"
+            raise OSError(errno.ENOSPC, text, str(self.directory))
 
     def committed(self) -> list[int]:
         """Steps that have a manifest, ascending. Ordered by step, never by time."""
@@ -161,6 +203,21 @@ class CheckpointStore:
 
     def _manifest(self, step: int) -> Path:
         return self._path(step).with_suffix(".json")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _refuse_infinite(checkpoint: Checkpoint) -> None:
+    for name in ("model", "ema"):
+        for key, tensor in getattr(checkpoint, name).items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise Diverged(f"step {checkpoint.step}: {name}.{key} holds NaN or inf; such weights are never saved")
 
 
 _FIELDS = tuple(item.name for item in dataclasses.fields(Checkpoint))

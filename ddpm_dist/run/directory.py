@@ -14,17 +14,21 @@ from typing import Any, Literal
 
 from ddpm_dist.config import Config, changes, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
-from ddpm_dist.run.files import read_json, replacing, write_json
+from ddpm_dist.run.files import Fence, no_fence, read_json, replacing, write_json
+from ddpm_dist.run.lease import Lease
 
 State = Literal["running", "preempted", "finished", "failed"]
 STATES = frozenset(typing.get_args(State))
 
 
 class RunDirectory:
-    """Files of one run below run.root. Only rank 0 writes.
+    """Files of one run below run.root. Only rank 0 of the attempt that holds the lease writes.
 
     Args:
         path: run.root/run.name.
+
+    Attributes:
+        fence: called before anything is renamed into place; raises once another attempt has taken over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,6 +39,8 @@ class RunDirectory:
         self.mlflow_file = path / "mlflow.json"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.attempts = path / "attempts"
+        self.fence: Fence = no_fence
 
     @contextlib.contextmanager
     def its_errors(self) -> Iterator[None]:
@@ -66,7 +72,7 @@ class RunDirectory:
     def refuse_links(self) -> None:
         """Raises ConfigError where the run directory or a folder inside is a link that leads out of run.root."""
         root = self.path.parent.resolve()
-        for folder in (self.path, self.checkpoints, self.samples):
+        for folder in (self.path, self.checkpoints, self.samples, self.attempts):
             if folder.exists() and not folder.resolve().is_relative_to(root):
                 raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
 
@@ -110,7 +116,7 @@ class RunDirectory:
         return free
 
     def write_config(self, config: Config) -> None:
-        with replacing(self.config_file) as file:
+        with replacing(self.config_file, self.fence) as file:
             file.write(to_yaml(config).encode())
 
 
@@ -123,6 +129,8 @@ class Attempt:
         target: the step at which the run is finished.
         saved_step: the newest committed checkpoint's step; None before the first. A later attempt that finds
             no checkpoint although one was saved refuses to start at 0.
+        lease: the right to write; None on other ranks than 0.
+        without_progress: how many attempts before this one ended, one after the other, where they had started.
     """
 
     directory: RunDirectory
@@ -130,6 +138,15 @@ class Attempt:
     target: int
     world_size: int
     saved_step: int | None
+    lease: Lease | None = None
+    without_progress: int = 0
+
+    def committed(self, step: int) -> None:
+        """A checkpoint of this step counts from now on."""
+        self.saved_step, self.without_progress = step, 0
+        if self.lease is not None:
+            self.lease.note(step=step)
+        self.write("running", step, "training")
 
     def write(self, state: State, step: int, reason: str, exit_code: ExitCode | None = None) -> None:
         """Raises OSError if status.json cannot be written; the old one stays then."""
@@ -143,10 +160,22 @@ class Attempt:
                 "exit_code": None if exit_code is None else int(exit_code),
                 "target": self.target,
                 "saved_step": self.saved_step,
+                "without_progress": self.without_progress,
                 "world_size": self.world_size,
                 "time": time.time(),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "slurm_job": os.environ.get("SLURM_JOB_ID"),
             },
+            self.directory.fence,
         )
+
+
+def count_without_progress(attempts: list[dict[str, Any]]) -> int:
+    """How many of the last attempts, one after the other, saved nothing beyond where they had started."""
+    count = 0
+    for facts in reversed(attempts):
+        if facts.get("step") != facts.get("start_step"):
+            break
+        count += 1
+    return count

@@ -6,11 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 TEMPORARY = ".tmp"
+Fence = Callable[[], None]  # raises if this process may no longer write (see run.lease)
+
+
+def no_fence() -> None:
+    """For files that anybody may write."""
 
 
 class HashingWriter:
@@ -34,8 +39,12 @@ class HashingWriter:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[HashingWriter]:
+def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iterator[HashingWriter]:
     """Write a file beside `path` that takes its name when the block ends well: fsync, rename, fsync of the folder.
+
+    Args:
+        fence: called right before the rename; what it raises leaves `path` untouched.
+        durable: false leaves both fsyncs out, for what may be lost with the machine.
 
     Raises:
         OSError: no space, read-only, ...; `path` is untouched then.
@@ -45,9 +54,12 @@ def replacing(path: Path) -> Iterator[HashingWriter]:
         with open(temporary, "wb") as file:
             yield HashingWriter(cast(BinaryIO, file))
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
+        fence()
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,9 +73,9 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file. Raises OSError; the old one stays then."""
-    with replacing(path) as file:
+def write_json(path: Path, values: dict[str, Any], fence: Fence = no_fence) -> None:
+    """Replace a JSON file. Raises OSError, or what the fence raises; the old one stays then."""
+    with replacing(path, fence) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
 
 

@@ -9,27 +9,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddpm_dist.run.files import Fence, no_fence
+
 
 class Journal:
     """Appends lines. Each is one write, so that a kill tears at most the last one.
 
     Args:
         path: metrics.jsonl.
+        fence: called before each write; raises if this process may no longer write.
 
     Raises:
         OSError: it cannot be opened for appending.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fence: Fence = no_fence) -> None:
+        self._fence, self._unwritten = fence, b""
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")  # ends a torn line, so that ours starts afresh
 
     def append(self, record: dict[str, float]) -> None:
-        """A figure that is no finite number is written as null: JSON has no NaN."""
+        """A figure that is no finite number is written as null: JSON has no NaN.
+
+        Raises:
+            OSError: the disk is full or broken; the line is kept, and written before the next one.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        os.write(self._descriptor, (json.dumps(finite) + "\n").encode())
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        self._fence()
+        while self._unwritten:  # a full disk takes a part of a line
+            self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
     def sync(self) -> None:
         """Make what was appended durable."""

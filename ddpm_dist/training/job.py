@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from ddpm_dist.config import Config, check_world_size, from_flat, to_yaml
 from ddpm_dist.data import datasets
 from ddpm_dist.data.batches import iterate
 from ddpm_dist.data.datasets import Images
-from ddpm_dist.errors import ConfigError, DataError, ExitCode
+from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, TakenOver
 from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.parallel.distributed import Ranks, RankZeroFailed, is_lost_contact, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
-from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.directory import Attempt, RunDirectory, count_without_progress
+from ddpm_dist.run.lease import Lease, claim, read_attempts
 from ddpm_dist.run.preemption import StopSignal
+from ddpm_dist.run.saver import Saver
 from ddpm_dist.tracking.journal import Journal, read_metrics
 from ddpm_dist.tracking.process import ShipperProcess, choose_uri
 from ddpm_dist.training.build import build_batches, build_trainer
@@ -51,10 +53,15 @@ def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
     try:
         code = job.run()
     except BaseException as error:
-        job.fail(error)
-        if ranks.failure_is_shared:
-            ranks.leave()
-        raise
+        if isinstance(error, StopRequested):  # while it waited for its turn: nothing has begun
+            code = ExitCode.PREEMPTED
+        else:
+            job.fail(error)
+            if ranks.failure_is_shared:
+                ranks.leave()
+            raise
+    finally:
+        job.release()
     ranks.leave()
     job.wait_for_tracking(code)
     return code
@@ -80,6 +87,7 @@ class Start:
     saved_step: int | None
     sha256: str | None
     changed: list[str]
+    without_progress: int = 0
 
 
 class Job:
@@ -88,14 +96,17 @@ class Job:
     def __init__(self, config: Config, ranks: Ranks, stop: StopSignal) -> None:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.directory = RunDirectory(config.directory)
-        self.store = CheckpointStore(self.directory.checkpoints)
+        self.store = CheckpointStore(self.directory.checkpoints, lambda: self.directory.fence())
+        self.lease: Lease | None = None
+        self.saver: Saver | None = None
+        self._ended: dict[str, Any] = {}
         self.attempt: Attempt | None = None
         self.trainer: Trainer | None = None
         self.shipper: ShipperProcess | None = None
 
     def run(self) -> ExitCode:
         config, ranks = self.config, self.ranks
-        start = Start(**ranks.on_rank_zero(lambda should_stop: dataclasses.asdict(self._find_start())))
+        start = Start(**ranks.on_rank_zero(lambda should_stop: dataclasses.asdict(self._find_start(should_stop))))
         if start.finished:
             if ranks.is_zero:
                 print(f"{self.directory.path} is finished: step {start.saved_step} reached its target; nothing to do")
@@ -106,7 +117,15 @@ class Job:
         checkpoint = ranks.all_succeed(lambda: self._load(start))
         numerics, contract = ranks.all_succeed(lambda: self._contract(images, target, checkpoint))
 
-        self.attempt = Attempt(self.directory, start.attempt, target, ranks.world_size, start.saved_step)
+        self.attempt = Attempt(
+            self.directory,
+            start.attempt,
+            target,
+            ranks.world_size,
+            start.saved_step,
+            self.lease,
+            start.without_progress,
+        )
         step = checkpoint.step if checkpoint else 0
         with self._outputs(step, start) as (journal, progress):
             loop = self._build(images, numerics, contract, checkpoint, journal, progress)
@@ -119,37 +138,65 @@ class Job:
         """The step at which the run is finished."""
         return self.config.train.max_steps or self.config.train.epochs * (num_images // self.config.data.batch_size)
 
-    def _find_start(self) -> Start:
+    def _find_start(self, should_stop: Callable[[], bool]) -> Start:
         """Rank 0: may this run go on, and from where? Writes nothing where the run is finished."""
         with self.directory.its_errors():
-            return self._look_for_start()
+            self.directory.refuse_links()
+            changed = self.directory.reconcile(self.config)
+            if self._is_finished():
+                return self._nothing_to_do()
+            if self.config.tracking.enabled:
+                choose_uri(self.config, self.directory)  # refused now rather than noticed at the end
+            self.directory.create()
+            self._claim(should_stop)
+            if self._is_finished():  # by the attempt that we have just waited for
+                return self._nothing_to_do()
+            return self._look_for_checkpoint(changed)
 
-    def _look_for_start(self) -> Start:
-        self.directory.refuse_links()
-        changed = self.directory.reconcile(self.config)
+    def _nothing_to_do(self) -> Start:
+        status = self.directory.read_status()
+        return Start(True, status["attempt"], status["saved_step"], None, [])
+
+    def _is_finished(self) -> bool:
+        """Neither the images nor the weights of a finished run need be there any more."""
         status = self.directory.read_status()
         saved = status.get("saved_step")
-        if status.get("state") == "finished" and saved is not None:
-            # Neither the images nor the weights of a finished run need be there any more.
-            num_images = self.store.read_manifest(saved).get("contract", {}).get("num_images")
-            if num_images is not None and saved >= self._target(num_images):
-                return Start(True, status["attempt"], saved, None, [])
-        if self.config.tracking.enabled:
-            choose_uri(self.config, self.directory)  # refused now rather than noticed at the end
-        self.directory.create()
-        found = self.store.newest_valid()
+        if status.get("state") != "finished" or saved is None:
+            return False
+        num_images = self.store.read_manifest(saved).get("contract", {}).get("num_images")
+        return num_images is not None and saved >= self._target(num_images)
+
+    def _claim(self, should_stop: Callable[[], bool]) -> None:
+        """Become the one attempt that writes."""
+
+        def wait(seconds: float) -> None:
+            if should_stop():
+                raise StopRequested
+            time.sleep(seconds)
+
+        at_least = self.directory.read_status().get("attempt", 0) + 1
+        self.lease = claim(self.directory.attempts, {"world_size": self.ranks.world_size}, at_least, wait)
+        self.directory.fence = self.lease.check
+
+    def _look_for_checkpoint(self, changed: list[str]) -> Start:
+        assert self.lease is not None
+        attempts = read_attempts(self.directory.attempts)
+        without_progress = count_without_progress(attempts[:-1])  # the last one is ours
+        found, saved = self.store.newest_valid(), self.directory.read_status().get("saved_step")
         if found is None and saved is not None:
             raise DataError(
                 f"{self.store.directory}: no checkpoint, although status.json says that step {saved} was saved; "
                 "restore it, or move the run directory away to start at step 0"
             )
+        step = found[0].step if found else 0
+        if found is not None:
+            self.directory.refuse_changes(from_flat(found[0].config), self.config)  # whatever became of config.yaml
+            for path in self.store.set_aside(newer_than=step):
+                print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
         self.store.sweep()
-        attempt = status.get("attempt", 0) + 1
-        if found is None:
-            return Start(False, attempt, None, None, changed)
-        checkpoint, sha256 = found
-        self.directory.refuse_changes(from_flat(checkpoint.config), self.config)  # whatever became of config.yaml
-        return Start(False, attempt, checkpoint.step, sha256, changed)
+        self.lease.note(start_step=step, step=step)
+        sha256 = found[1] if found else None
+        return Start(False, self.lease.number, step if found else None, sha256, changed, without_progress)
 
     def _load(self, start: Start) -> Checkpoint | None:
         """Exactly the checkpoint that rank 0 chose, by step and hash."""
@@ -206,7 +253,10 @@ class Job:
             return
         self.attempt.write("running", step, "training")
         self.directory.write_config(self.config)
-        journal = Journal(self.directory.metrics_file)
+        journal = Journal(self.directory.metrics_file, self.directory.fence)
+        self.saver = Saver(
+            self.store, self.config.checkpoint, journal.sync, on_commit=self.attempt.committed, say=progress.say
+        )
         progress.say(to_yaml(self.config).rstrip())
         for change in start.changed:
             progress.say(f"changed: {change}")
@@ -251,9 +301,9 @@ class Job:
             steps_per_epoch=batches.steps_per_epoch,
             contract=contract,
             directory=self.directory,
-            store=self.store,
             attempt=self.attempt,
             journal=journal,
+            saver=self.saver,
             progress=progress,
             image_shape=images.shape,
         )
@@ -265,11 +315,13 @@ class Job:
         step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
         finished = code == ExitCode.FINISHED
         signal = self.stop.received.name if self.stop.received else "a signal to another rank"
-        reason = "target reached" if finished else f"stopped by {signal}"
+        trouble = self.saver.trouble if self.saver else ""
+        reason = "target reached" if finished else f"stopped: {trouble}" if trouble else f"stopped by {signal}"
         if finished:
             with contextlib.suppress(OSError):  # a picture is no reason to fail a run that is safe on disk
                 save_curves(read_metrics(self.directory.metrics_file), self.directory.path / "curves.png")
         self.attempt.write("finished" if finished else "preempted", step, reason, code)
+        self._ended = {"state": "finished" if finished else "preempted", "reason": reason, "exit_code": int(code)}
         print(f"{self.directory.path}: {reason} at step {step}", flush=True)
         if finished:
             self._say_where_things_are(step)
@@ -284,6 +336,8 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an error: status.json on rank 0, the store on others."""
+        if self.saver is not None:
+            self.saver.settle()  # it would say "running" after us
         code = getattr(error, "exit_code", ExitCode.SOFTWARE)
         reason = " ".join(f"{type(error).__name__}: {error}".split()) if code == ExitCode.SOFTWARE else str(error)
         if not self.ranks.is_zero:
@@ -292,10 +346,16 @@ class Job:
             return
         if is_lost_contact(error):
             code, reason = self.ranks.reported_failure() or (code, f"lost contact to another rank ({reason})")
+        self._ended = {"state": "failed", "reason": reason, "exit_code": int(code)}
         if self.attempt is not None:
             step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TakenOver):
                 self.attempt.write("failed", step, reason, ExitCode(code))
+
+    def release(self) -> None:
+        """Let the next attempt in, and say how this one ended."""
+        if self.lease is not None:
+            self.lease.release(**self._ended)
 
     def wait_for_tracking(self, code: ExitCode) -> None:
         """Give the shipper a moment to deliver the end of a finished run. After a stop, time is short."""

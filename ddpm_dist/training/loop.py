@@ -16,8 +16,9 @@ from ddpm_dist.data.batches import Batch
 from ddpm_dist.errors import Diverged, StopRequested
 from ddpm_dist.evaluation.pictures import save_grid
 from ddpm_dist.evaluation.sampling import sample_blocks
-from ddpm_dist.run.checkpoint import CheckpointStore
+from ddpm_dist.parallel.distributed import Wish
 from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.saver import Saver
 from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.training.progress import Progress
 from ddpm_dist.training.trainer import Trainer
@@ -32,6 +33,7 @@ class Loop:
         contract: what binds every attempt; into each checkpoint.
         attempt: this life of the run.
         journal: metrics.jsonl; None on other ranks than 0.
+        saver: of checkpoints; None on other ranks than 0.
         image_shape: (C, H, W).
     """
 
@@ -40,11 +42,13 @@ class Loop:
     steps_per_epoch: int
     contract: dict[str, Any]
     directory: RunDirectory
-    store: CheckpointStore
     attempt: Attempt
     journal: Journal | None
+    saver: Saver | None
     progress: Progress
     image_shape: tuple[int, int, int]
+    _saved_step: int | None = None
+    _journal_fails: bool = False
 
     def fit(self) -> bool:
         """Train to the target, or until any rank is asked to stop. Collective.
@@ -53,12 +57,16 @@ class Loop:
             True if the run is finished, False if it was stopped; its last step is saved either way.
         """
         config, trainer = self.trainer.config, self.trainer
+        self._saved_step = trainer.step if trainer.step else None
         self._restart_clock()
         try:
             self._preview_if_due()  # the last attempt may have been stopped while it drew
             while trainer.step < self.attempt.target:
-                if trainer.ranks.agree_to_stop():
+                wish = trainer.ranks.agree(self._wish())
+                if wish == Wish.STOP:
                     raise StopRequested
+                if wish == Wish.SAVE:
+                    self._save()
                 trainer.train_step(next(self.batches))
                 if trainer.step % config.train.log_every == 0 or trainer.step == self.attempt.target:
                     self._log()
@@ -67,8 +75,18 @@ class Loop:
                 self._preview_if_due()
         except StopRequested:
             self._save()
+            self._finish_saving()
             return False
+        self._finish_saving()
         return True
+
+    def _wish(self) -> Wish:
+        """What rank 0 asks of all, beside what signals ask."""
+        if self.saver is None:
+            return Wish.NONE
+        if self.saver.gave_up:
+            return Wish.STOP
+        return Wish.SAVE if self.saver.wants_save() else Wish.NONE
 
     def _log(self) -> None:
         trainer, step = self.trainer, self.trainer.step
@@ -88,7 +106,7 @@ class Loop:
         }
         self._restart_clock()
         if self.journal is not None:
-            self.journal.append(record)
+            self._append(self.journal, record)
             self.progress.update(record)
         limit = trainer.config.train.max_skipped
         if means.most_in_a_row >= limit:  # the same on every rank
@@ -109,32 +127,43 @@ class Loop:
         yield
         self._clock_start += time.perf_counter() - before
 
+    def _append(self, journal: Journal, record: dict[str, float]) -> None:
+        """A full disk is no reason to stop: the journal keeps the line and writes it later."""
+        try:
+            journal.append(record)
+            self._journal_fails = False
+        except OSError as error:
+            if not self._journal_fails:
+                self.progress.say(f"warning: {self.directory.metrics_file}: {error.strerror}; it is tried again")
+            self._journal_fails = True
+
     def _save(self) -> None:
-        """Commit a checkpoint of this step, once."""
-        if self.attempt.saved_step == self.trainer.step:
+        """Have a checkpoint of this step written, once; waits for no more than a copy of the state. Collective."""
+        if self._saved_step == self.trainer.step:
             return
+        self._saved_step = self.trainer.step
         with self._off_the_clock():
             checkpoint = self.trainer.checkpoint(self.contract)
-            facts = {
-                "attempt": self.attempt.number,
-                "world_size": self.trainer.ranks.world_size,
-                "contract": self.contract,
-                "versions": {
-                    "ddpm_dist": ddpm_dist.__version__,
-                    "torch": str(torch.__version__),
-                    "python": platform.python_version(),
-                },
-            }
+            if self.saver is not None:
+                self.saver.submit(checkpoint, self._facts())
 
-            def write(should_stop: Callable[[], bool]) -> None:
-                if self.journal is not None:
-                    self.journal.sync()
-                self.store.save(checkpoint, facts, self.trainer.config.checkpoint.keep_last)
+    def _facts(self) -> dict[str, Any]:
+        """What a manifest says beside size and hash."""
+        return {
+            "attempt": self.attempt.number,
+            "world_size": self.trainer.ranks.world_size,
+            "contract": self.contract,
+            "versions": {
+                "ddpm_dist": ddpm_dist.__version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
 
-            self.trainer.ranks.on_rank_zero(write)
-            self.attempt.saved_step = self.trainer.step
-            if self.trainer.ranks.is_zero:
-                self.attempt.write("running", self.trainer.step, "training")
+    def _finish_saving(self) -> None:
+        """Until the last checkpoint is committed: no rank may leave before. Collective."""
+        saver = self.saver
+        self.trainer.ranks.on_rank_zero(lambda should_stop: saver.finish() if saver is not None else None)
 
     def _preview_if_due(self) -> None:
         """Draw a grid from the average's weights on rank 0. Raises StopRequested if that was cut short."""
@@ -163,7 +192,12 @@ class Loop:
                 device=trainer.ranks.device,
                 on_step=on_step,
             )
-            save_grid(torch.cat(list(blocks)), path)
+            images = torch.cat(list(blocks))
+            self.directory.fence()
+            try:
+                save_grid(images, path)
+            except OSError as error:  # a picture is no reason to stop
+                self.progress.say(f"warning: {path}: {error.strerror}")
 
         with self._off_the_clock():
             trainer.ranks.on_rank_zero(draw)

@@ -12,7 +12,7 @@ import pytest
 from harness import Job
 
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
-from ddpm_dist.parallel.distributed import RankLost, Ranks, RankZeroFailed
+from ddpm_dist.parallel.distributed import RankLost, Ranks, RankZeroFailed, Wish
 from ddpm_dist.parallel.environment import read_environment
 from ddpm_dist.run.preemption import StopSignal
 
@@ -135,7 +135,7 @@ def test_signal_to_a_waiting_rank_stops_the_work_of_rank_zero(tmp_path: Path) ->
 def stop_in_the_same_step() -> int:
     ranks, _ = connect()
     for step in range(1000):
-        if ranks.agree_to_stop():
+        if ranks.agree() == Wish.STOP:
             ranks.leave()
             return step
         if step == 5 and ranks.rank == 2:

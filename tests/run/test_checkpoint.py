@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import random
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from harness import Job, differences, snapshot
 
 from ddpm_dist.config import Config, to_flat
-from ddpm_dist.errors import DataError, ExitCode
+from ddpm_dist.errors import DataError, Diverged, ExitCode, TakenOver
 from ddpm_dist.run.checkpoint import FORMAT, Checkpoint, CheckpointStore
 from ddpm_dist.run.files import replacing
 
@@ -55,7 +56,7 @@ def make(step: int, channels: int = 8, **changes: Any) -> Checkpoint:
 def store_with(directory: Path, *steps: int) -> CheckpointStore:
     store = CheckpointStore(directory / "checkpoints")
     for step in steps:
-        store.save(make(step), {"attempt": 1}, keep_last=100)
+        store.save(make(step), {"attempt": 1})
     return store
 
 
@@ -87,7 +88,7 @@ def commit(store: CheckpointStore, step: int, content: bytes) -> None:
 def test_everything_comes_back_to_the_bit_and_in_its_memory_format(tmp_path: Path) -> None:
     saved = make(7)
     store = CheckpointStore(tmp_path / "checkpoints")
-    store.save(saved, {}, keep_last=2)
+    store.save(saved, {})
     loaded, _ = store.load(7)
     assert differences(vars(saved), vars(loaded)) == []
     assert loaded.model["0.weight"].is_contiguous(memory_format=torch.channels_last)
@@ -107,7 +108,7 @@ def test_a_checkpoint_is_a_plain_dict_for_anybody_to_read(tmp_path: Path) -> Non
 
 def test_the_manifest_says_what_the_file_is(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
-    path = store.save(make(200), {"attempt": 3, "world_size": 4}, keep_last=2)
+    path = store.save(make(200), {"attempt": 3, "world_size": 4})
     assert path == pt(store, 200)
     facts = json.loads(manifest(store, 200).read_text())
     content = path.read_bytes()
@@ -125,7 +126,7 @@ def test_a_rank_loads_only_the_very_file_that_rank_zero_chose(tmp_path: Path) ->
     store = store_with(tmp_path, 4)
     chosen = store.load(4)[1]
     assert store.load(4, chosen)[0].step == 4
-    store.save(make(4, scaler={"scale": 1.0}), {}, keep_last=2)  # somebody else wrote it anew
+    store.save(make(4, scaler={"scale": 1.0}), {})  # somebody else wrote it anew
     with pytest.raises(DataError, match=r"step-00000004\.pt"):
         store.load(4, chosen)
 
@@ -145,7 +146,8 @@ def test_the_newest_by_step_stay_whatever_their_times(tmp_path: Path) -> None:
     os.utime(manifest(store, 2), (2e9, 2e9))
     os.utime(pt(store, 2), (2e9, 2e9))
     os.utime(manifest(store, 6), (1, 1))
-    store.save(make(8), {}, keep_last=3)
+    store.save(make(8), {})
+    store.prune(8, keep_last=3)
     assert store.committed() == [4, 6, 8]
     assert sorted(path.name for path in store.directory.iterdir()) == sorted(
         f"step-{step:08d}.{suffix}" for step in (4, 6, 8) for suffix in ("pt", "json")
@@ -164,8 +166,67 @@ def test_pruning_never_takes_what_was_just_saved_while_only_damaged_ones_are_new
     for step in (8, 10):
         pt(store, step).write_bytes(b"damaged")
     assert newest(store) == 2
-    store.save(make(4), {}, keep_last=2)
+    store.save(make(4), {})
+    store.prune(4, keep_last=2)
     assert newest(store) == 4
+
+
+def test_multiples_of_keep_every_stay_for_ever(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2, 5, 7, 10, 12, 14)
+    store.prune(14, keep_last=2, keep_every=5)
+    assert store.committed() == [5, 10, 12, 14]
+
+
+def test_nothing_is_pruned_for_a_checkpoint_that_reads_back_differently(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2, 4, 6)
+    flip_a_bit(store)
+    with pytest.raises(DataError, match="reads back differently"):
+        store.prune(4, keep_last=2)
+    assert store.committed() == [2, 4, 6]
+
+
+def test_damaged_ones_are_set_aside_under_a_name_that_says_so(tmp_path: Path) -> None:
+    store = store_with(tmp_path, 2, 4, 6)
+    content = {path.name: path.read_bytes() for path in store.directory.iterdir()}
+    assert [path.name for path in store.set_aside(newer_than=2)] == ["step-00000004.pt", "step-00000006.pt"]
+    assert store.committed() == [2]
+    kept = {path.name.removesuffix(".damaged"): path.read_bytes() for path in store.directory.iterdir()}
+    assert kept == content
+    store.sweep()
+    assert len(list(store.directory.glob("*.damaged"))) == 4
+
+
+def test_a_disk_that_is_too_full_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_with(tmp_path, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    before = snapshot(tmp_path)
+    with pytest.raises(OSError, match=r"No space left on device: 0 MB free, 1 MB needed"):
+        store.save(make(4), {})
+    assert snapshot(tmp_path) == before
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    store, bad = store_with(tmp_path, 2), make(4)
+    next(iter(bad.ema.values())).fill_(float("nan"))
+    before = snapshot(tmp_path)
+    with pytest.raises(Diverged, match=r"step 4: ema\..* NaN or inf"):
+        store.save(bad, {})
+    assert snapshot(tmp_path) == before
+
+
+def test_who_was_taken_over_commits_and_prunes_nothing(tmp_path: Path) -> None:
+    store_with(tmp_path, 1, 2, 3)
+
+    def fence() -> None:
+        raise TakenOver("by another")
+
+    store = CheckpointStore(tmp_path / "checkpoints", fence)
+    before = snapshot(tmp_path)
+    with pytest.raises(TakenOver):
+        store.save(make(4), {})
+    with pytest.raises(TakenOver):
+        store.prune(3, keep_last=2)
+    assert snapshot(tmp_path) == before
 
 
 # Damage
@@ -369,7 +430,7 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path, values: Any)
 
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
-    store.save(make(4, format=FORMAT + 1), {}, keep_last=2)
+    store.save(make(4, format=FORMAT + 1), {})
     with pytest.raises(DataError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}"):
         store.load(4)
 
@@ -417,7 +478,7 @@ def test_a_full_disk_costs_no_checkpoint_and_leaves_no_rubbish(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        store.save(make(4), {}, keep_last=2)
+        store.save(make(4), {})
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert len(calls) == call
@@ -426,7 +487,7 @@ def test_a_full_disk_costs_no_checkpoint_and_leaves_no_rubbish(
     assert [name for name in after if ".tmp" in name] == []
     assert newest(store) == (2 if call < 4 else 4)
     store.sweep()
-    store.save(make(4), {}, keep_last=2)  # somebody made room
+    store.save(make(4), {})  # somebody made room
     assert newest(store) == 4
 
 
@@ -436,7 +497,7 @@ def save_against_limits(directory: str, limits: list[int]) -> int:
     for limit in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            store.save(saved, {}, keep_last=2)
+            store.save(saved, {})
             print("saved", flush=True)
         except OSError as error:
             print("OSError", errno.errorcode[error.errno or 0], error.strerror, flush=True)
@@ -445,7 +506,7 @@ def save_against_limits(directory: str, limits: list[int]) -> int:
 
 def test_a_real_write_error_anywhere_is_an_oserror_that_says_why(tmp_path: Path) -> None:
     store = store_with(tmp_path, 2)
-    store.save(make(4, channels=64), {}, keep_last=9)
+    store.save(make(4, channels=64), {})
     size = pt(store, 4).stat().st_size
     manifest(store, 4).unlink()
     pt(store, 4).unlink()
@@ -463,7 +524,7 @@ def test_an_error_of_ours_while_saving_is_not_taken_for_one_of_the_disk(tmp_path
     store = store_with(tmp_path, 2)
     before = snapshot(tmp_path)
     with pytest.raises(Exception, match="pickle") as caught:
-        store.save(make(4, scaler={"function": lambda: None}), {}, keep_last=2)
+        store.save(make(4, scaler={"function": lambda: None}), {})
     assert not isinstance(caught.value, OSError)
     assert snapshot(tmp_path) == before
 
@@ -505,7 +566,7 @@ def test_the_content_is_on_disk_before_its_manifest_is(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    store.save(make(4), {}, keep_last=2)
+    store.save(make(4), {})
     assert events == [
         *("fsync .step-00000004.pt.tmp", "rename to .pt", "fsync checkpoints"),
         *("fsync .step-00000004.json.tmp", "rename to .json", "fsync checkpoints"),

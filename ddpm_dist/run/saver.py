@@ -1,0 +1,132 @@
+"""Saving beside training: the loop waits for a copy of the state only; a thread writes, commits, verifies, prunes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_dist.config import CheckpointConfig
+from ddpm_dist.errors import UserError
+from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+
+RETRY_SECONDS = 10.0
+MAX_FAILURES = 5  # in a row; then the run stops rather than train on what cannot be kept
+
+
+class Saver:
+    """Rank 0's writer of checkpoints; at most one save is under way.
+
+    A save that fails (no space, read-only, I/O error) leaves the older checkpoints alone and is tried again at a
+    later step: `wants_save` says when, `gave_up` when that was in vain.
+
+    Args:
+        store: where to.
+        config: how often and how many.
+        before_commit: called first, from the writing thread: makes durable what the checkpoint relies on.
+        on_commit: called with the step, from the writing thread, once the checkpoint counts.
+        say: called with a line for a person.
+
+    Attributes:
+        trouble: why the run was asked to stop, if it was.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        config: CheckpointConfig,
+        before_commit: Callable[[], None],
+        on_commit: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._store, self._config, self._say = store, config, say
+        self._before_commit, self._on_commit = before_commit, on_commit
+        self.trouble = ""
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._pending: tuple[Checkpoint, dict[str, Any]] | None = None  # copied, and not committed yet
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failures, self._last_time = 0, time.monotonic()
+
+    def submit(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+        """Copy the state and return; the rest happens beside. Waits for a save that is still under way."""
+        self.settle()
+        copied = {
+            item.name: self._copy(getattr(checkpoint, item.name), (item.name,))
+            for item in dataclasses.fields(Checkpoint)
+        }
+        if checkpoint.window.is_cuda or any(value.is_cuda for value in checkpoint.model.values()):
+            torch.cuda.synchronize()  # the copies into pinned memory
+        self._pending, self._last_time = (Checkpoint(**copied), facts), time.monotonic()
+        self._thread = threading.Thread(target=self._write, name="saver")
+        self._thread.start()
+
+    def wants_save(self) -> bool:
+        """Whether checkpoint.every_seconds are over, or a failed save is to be tried again."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        limit = RETRY_SECONDS if self._error is not None else self._config.every_seconds
+        return limit is not None and time.monotonic() - self._last_time >= limit
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the run should stop: `finish` will say why."""
+        return self._failures >= MAX_FAILURES or isinstance(self._error, UserError)
+
+    def finish(self) -> None:
+        """Wait until the last submitted state is committed.
+
+        Raises:
+            OSError: it cannot be written, at a second attempt either.
+            Diverged: the weights are not finite.
+            TakenOver: another attempt writes here now.
+        """
+        self.settle()
+        if self._pending is not None:
+            self._write()
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Wait for a save that is under way, whatever comes of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self) -> None:
+        assert self._pending is not None
+        checkpoint, facts = self._pending
+        try:
+            self._before_commit()
+            self._store.save(checkpoint, facts)
+            self._on_commit(checkpoint.step)
+            self._pending, self._error, self._failures = None, None, 0
+            self._store.prune(checkpoint.step, self._config.keep_last, self._config.keep_every)
+        except Exception as error:  # it must not die with the thread: the loop looks at it
+            if self._pending is None:
+                self._say(f"warning: old checkpoints were not removed ({error})")
+                return
+            self._error, self._failures = error, self._failures + 1
+            self._last_time = time.monotonic()
+            self._say(f"warning: the checkpoint of step {checkpoint.step} was not saved ({error})")
+            if self.gave_up:
+                self.trouble = f"checkpoints could not be saved ({error})"
+
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """A deep copy whose tensors lie in CPU buffers that are used again at the next save."""
+        if isinstance(value, Tensor):
+            buffer = self._buffers.get(path)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                self._buffers[path] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return type(value)((key, self._copy(item, (*path, key))) for key, item in value.items())
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(item, (*path, index)) for index, item in enumerate(value))
+        return value
