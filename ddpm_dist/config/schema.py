@@ -137,7 +137,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    timeout_seconds: float = key(300.0, "a rank silent for so long ends the job", above=0.0, below=1e6, free=True)
+    timeout_seconds: float = key(120.0, "a rank silent for so long ends the job", above=0.0, below=1e6, free=True)
 
 
 @dataclass(frozen=True)

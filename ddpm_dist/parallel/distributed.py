@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, UserError
 from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
 from ddpm_dist.parallel.interface import choose_interface
+from ddpm_dist.parallel.watchdog import Watchdog, name_ranks
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
@@ -101,6 +102,7 @@ class Ranks:
         self._solo_count = 0
         self.failure_is_shared = False  # whether the error that ends us is known to all ranks
         self._pending_wish: tuple[dist.Work, Tensor] | None = None
+        self.watchdog: Watchdog | None = None
         if self.world_size > 1:
             self._connect(env, timedelta(seconds=timeout_seconds))
 
@@ -111,6 +113,9 @@ class Ranks:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         if env.local_world_size < world_size:
             choose_interface(dist.PrefixStore("interface", store), rank, world_size)
+        watched = dist.PrefixStore("watchdog", store.clone())
+        self.watchdog = Watchdog(watched, rank, world_size, timeout.total_seconds(), self._stop_requested)
+        self.watchdog.tick()  # gloo's own connecting knows no time-out
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -122,6 +127,7 @@ class Ranks:
             timeout=timeout,
             device_id=self.device if cuda else None,
         )
+        self.watchdog.disarm()
         # Several worlds of one are what a wrong launch looks like; training would go on, N times over.
         assert dist.get_world_size() == self.world_size, "the process group has another size than the launcher said"
         self._store = dist.PrefixStore("ddpm_dist", store)
@@ -166,6 +172,8 @@ class Ranks:
         if self.world_size == 1:
             return wish
         answer = self._finish_pending_wish()
+        if self.watchdog is not None:
+            self.watchdog.tick()
         flag = torch.tensor([wish], dtype=torch.int32)
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._flags, async_op=True)
         assert work is not None
@@ -200,6 +208,8 @@ class Ranks:
         """
         if self.world_size == 1:
             return work(self._stop_requested)
+        if self.watchdog is not None:
+            self.watchdog.disarm()
         self._solo_count += 1
         name = f"solo/{self._solo_count}"
         if not self.is_zero:
@@ -324,16 +334,29 @@ class Ranks:
                 return exit_code, reason
         return None
 
+    def lost(self, error: BaseException) -> RankLost:
+        """The error of a collective, with the names of the ranks that give no sign of life. Takes seconds."""
+        silent: list[int] = []
+        if self.watchdog is not None:
+            self.watchdog.disarm()
+            silent = self.watchdog.silent_ranks()
+        who = f"; silent: {name_ranks(silent)}" if silent else ""
+        return RankLost(f"lost contact to another rank ({' '.join(str(error).split())}){who}")
+
     def leave(self) -> None:
         """Ends the process group once every rank is here, so that no rank exits under another. Collective."""
         if self.world_size == 1:
             return
+        if self.watchdog is not None:
+            self.watchdog.disarm()
         self._finish_pending_wish()
         self._count_to("arrived", self.world_size)
         if self.is_zero:
             self._count_to("left", self.world_size)  # it may host the store, so it goes last
         else:
             self._store.add("left", 1)
+        if self.watchdog is not None:
+            self.watchdog.close()
         dist.destroy_process_group()
 
     def _count_to(self, key: str, number: int) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
+import threading
+import time
 from types import FrameType
+
+from ddpm_dist.errors import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+LAUNCHER_GONE_SECONDS = 4.5  # for the save, when nobody is left who would end us
 
 
 class StopSignal:
@@ -28,8 +34,8 @@ class StopSignal:
             # Under nohup a hang-up is ignored, and is to stay so.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
-        if under_launcher:
-            self._follow_launcher()
+        launcher = self._follow_launcher() if under_launcher else None
+        self._listen(launcher)
         return self
 
     def requested(self) -> bool:
@@ -37,17 +43,40 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A forked child that has not reset its handlers must not believe that it is the trainer.
-        if os.getpid() == self._pid and self.received is None:
+        if os.getpid() == self._pid:
+            self._remember(number)
+
+    def _remember(self, number: int) -> None:
+        if number in SIGNALS and self.received is None:
             self.received = signal.Signals(number)
 
-    def _follow_launcher(self) -> None:
+    def _follow_launcher(self) -> int:
+        """Returns its pid."""
         launcher = os.getppid()
         try:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         except (OSError, AttributeError):  # not Linux
-            return
+            return launcher
         if os.getppid() != launcher:  # it died before we asked
             self.received = signal.SIGTERM
+        return launcher
+
+    def _listen(self, launcher: int | None) -> None:
+        """See signals from a thread too: Python's handlers wait for the main thread to come out of a collective."""
+        readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)  # a child's signals are its own
+
+        def listen() -> None:
+            while launcher is None or os.getppid() == launcher:
+                if select.select([readable], [], [], None if launcher is None else 0.25)[0]:
+                    for number in os.read(readable, 64):
+                        self._remember(number)
+            self._remember(signal.SIGTERM)
+            time.sleep(LAUNCHER_GONE_SECONDS)
+            os._exit(ExitCode.SOFTWARE)
+
+        threading.Thread(target=listen, daemon=True, name="signals").start()
 
 
 def ignore_in_child(worker_id: int = 0) -> None:

@@ -55,10 +55,11 @@ def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
         if isinstance(error, StopRequested):  # while it waited for its turn: nothing has begun
             code = ExitCode.PREEMPTED
         else:
+            error = ranks.lost(error) if is_lost_contact(error) else error
             job.fail(error)
             if ranks.failure_is_shared:
                 ranks.leave()
-            raise
+            raise error
     finally:
         job.release()
     ranks.leave()
@@ -86,6 +87,8 @@ class Job:
         self.store = CheckpointStore(self.directory.checkpoints, lambda: self.directory.fence())
         self.starter = Starter(config, self.directory, self.store, ranks.world_size)
         self.saver: Saver | None = None
+        if ranks.watchdog is not None:
+            ranks.watchdog.last_words = self._end_wordless
         self._ended: dict[str, Any] = {}
         self.attempt: Attempt | None = None
         self.trainer: Trainer | None = None
@@ -223,12 +226,17 @@ class Job:
                 self.ranks.report_failure(int(code), reason)
             return
         if is_lost_contact(error):
-            code, reason = self.ranks.reported_failure() or (code, f"lost contact to another rank ({reason})")
+            code, reason = self.ranks.reported_failure() or (code, str(error))
         self._ended = {"state": "failed", "reason": reason, "exit_code": int(code)}
         if self.attempt is not None:
             step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
             with contextlib.suppress(OSError, TakenOver):
                 self.attempt.write("failed", step, reason, ExitCode(code))
+
+    def _end_wordless(self, reason: str) -> None:
+        """From the watchdog's thread: the main thread will not come back."""
+        if self.attempt is not None and self.ranks.is_zero:
+            self.attempt.write("failed", self.trainer.step if self.trainer else 0, reason, ExitCode.SOFTWARE)
 
     def release(self) -> None:
         """Let the next attempt in, and say how this one ended."""
@@ -249,5 +257,5 @@ def explain(error: Exception, rank: int) -> tuple[int, str]:
     if said is not None:
         return said
     if is_lost_contact(error):
-        return ExitCode.SOFTWARE, f"error: rank {rank} lost contact to another rank: {' '.join(str(error).split())}"
+        return ExitCode.SOFTWARE, f"error: rank {rank}: {' '.join(str(error).split())}"
     return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
