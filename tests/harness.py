@@ -49,6 +49,15 @@ def call_train(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def call_train_hastily(argv: Sequence[str]) -> int:
+    """The real command, less patient: a silent holder of the lease is stale after 3 s, failed saves are tried anew."""
+    from ddpm_dist.run import lease, saver
+
+    lease.BEAT_SECONDS, lease.STALE_SECONDS = 0.3, 3.0
+    saver.RETRY_SECONDS = 0.3
+    return call_train(argv)
+
+
 def _rank_main(environment: dict[str, str], log: str, function: Callable[..., int], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
     os.environ.update(environment)
@@ -162,6 +171,13 @@ def wait_for_step(job: Job, run: Path, step: int, attempt: int, timeout: float =
         assert job.alive(), f"ended before step {step}\n{job.output()}"
         time.sleep(0.005)
     raise AssertionError(f"step {step} not reached\n{job.output()}")
+
+
+def wait_until(condition: Callable[[], bool], what: Callable[[], str], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.02)
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, UserError
 from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
 from ddpm_dist.parallel.interface import choose_interface
-from ddpm_dist.parallel.watchdog import Watchdog, name_ranks
+from ddpm_dist.parallel.watchdog import Watchdog
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0
@@ -336,11 +336,10 @@ class Ranks:
 
     def lost(self, error: BaseException) -> RankLost:
         """The error of a collective, with the names of the ranks that give no sign of life. Takes seconds."""
-        silent: list[int] = []
+        who = ""
         if self.watchdog is not None:
             self.watchdog.disarm()
-            silent = self.watchdog.silent_ranks()
-        who = f"; silent: {name_ranks(silent)}" if silent else ""
+            who = f"; {self.watchdog.who_is_silent()}"
         return RankLost(f"lost contact to another rank ({' '.join(str(error).split())}){who}")
 
     def leave(self) -> None:

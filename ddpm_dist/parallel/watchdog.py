@@ -1,4 +1,4 @@
-"""A thread that says which rank is silent, and ends a process whose main thread is stuck in a collective."""
+"""Says which rank is silent, and ends a process whose main thread is stuck in a collective."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from ddpm_dist.errors import ExitCode
 
 BEAT_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # the collective's own time-out, or a checkpoint, comes first
+STORE_SECONDS = 2.0  # an answer that takes longer does not come
 STOP_SECONDS = 10.0  # from a stop signal to the next step boundary, beside three steps
 
 
 class Watchdog:
-    """Counts a heartbeat of this rank up in the store, from a thread of its own.
+    """Two threads: one counts a heartbeat of this rank up in the store, one watches the main thread.
+
+    A call to the store may hang with the process that keeps it, so the watching thread makes none.
 
     The main thread calls `tick` at each step boundary. Once armed, a process that has not ticked for
     timeout_seconds + GRACE_SECONDS leaves; after a stop signal, STOP_SECONDS and three steps are enough.
@@ -46,7 +49,8 @@ class Watchdog:
         self._stop_seen: float | None = None
         self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended
         self._leave = threading.Event()
-        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
+        for target in (self._beat, self._watch):
+            threading.Thread(target=target, daemon=True, name="watchdog").start()
 
     def tick(self) -> None:
         """The main thread is at a step boundary; from here on it is watched."""
@@ -62,23 +66,43 @@ class Watchdog:
     def close(self) -> None:
         self._leave.set()
 
-    def silent_ranks(self) -> list[int]:
-        """Ranks whose heartbeat stands still: dead, stopped or cut off. Takes three beats; empty if nobody can say."""
-        try:
-            before = self._beats()
-            time.sleep(3 * BEAT_SECONDS)
-            after = self._beats()
-        except RuntimeError:  # the store is gone, and with it the rank or agent that kept it
-            return []
-        return [rank for rank in range(self._world_size) if before[rank] == after[rank] and rank != self._rank]
+    def who_is_silent(self) -> str:
+        """Names the ranks whose heartbeat stands still: dead, stopped or cut off. Takes some seconds.
+
+        Returns:
+            "silent: rank 2", or what else can be said.
+        """
+        silent: list[int] | None = None
+
+        def look() -> None:
+            nonlocal silent
+            with contextlib.suppress(RuntimeError):
+                before = self._beats()
+                time.sleep(3 * BEAT_SECONDS)
+                after = self._beats()
+                silent = [rank for rank, beats in enumerate(before) if after[rank] == beats and rank != self._rank]
+            answered.set()
+
+        answered = threading.Event()
+        threading.Thread(target=look, daemon=True).start()
+        if not answered.wait(3 * BEAT_SECONDS + STORE_SECONDS):
+            return "silent: whoever keeps the store (rank 0, or torchrun's first agent)"
+        if silent is None:
+            return "the store is gone, and with it rank 0 or torchrun's first agent"
+        if not silent:
+            return "every rank gives signs of life"
+        return f"silent: rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"beat/{rank}", 0) for rank in range(self._world_size)]
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         while not self._leave.wait(BEAT_SECONDS):
             with contextlib.suppress(RuntimeError):
                 self._store.add(f"beat/{self._rank}", 1)
+
+    def _watch(self) -> None:
+        while not self._leave.wait(BEAT_SECONDS):
             reason = self._stuck()
             if reason:
                 self._end(reason)
@@ -97,14 +121,8 @@ class Watchdog:
         return f"no step ended for {limit:.0f} s" if now - last_tick > limit else ""
 
     def _end(self, reason: str) -> None:
-        silent = self.silent_ranks()
-        if silent:
-            reason += f"; silent: {name_ranks(silent)}"
+        reason += f"; {self.who_is_silent()}"
         with contextlib.suppress(Exception):
             self.last_words(reason)
         print(f"error: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         os._exit(ExitCode.SOFTWARE)
-
-
-def name_ranks(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

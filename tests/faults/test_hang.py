@@ -1,0 +1,59 @@
+"""A rank that hangs: the others leave in time, and say which one it was."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from harness import Job, committed, start, status, wait_for_step
+
+TIMEOUT = 4.0
+LONG = ("train.max_steps=100000", "train.log_every=1", "checkpoint.every=5", f"distributed.timeout_seconds={TIMEOUT}")
+
+
+def wait_for_rank(job: Job, rank: int, seconds: float) -> float:
+    """Seconds until a rank has ended."""
+    begun = time.monotonic()
+    job.processes[rank].join(seconds)
+    assert job.processes[rank].exitcode is not None, f"rank {rank} did not leave within {seconds} s\n{job.output()}"
+    return time.monotonic() - begun
+
+
+def test_the_live_ranks_leave_and_name_the_one_that_hangs(tmp_path: Path) -> None:
+    with start(4, tmp_path, *LONG) as job:
+        wait_for_step(job, tmp_path / "run", 7, attempt=1)
+        job.signal(2, signal.SIGSTOP)
+        for rank in (0, 1, 3):
+            wait_for_rank(job, rank, TIMEOUT + 10)
+            assert job.processes[rank].exitcode == 70, job.output()
+        assert "silent: rank 2\n" in job.output()
+        assert "Traceback" not in job.output()
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["exit_code"]) == ("failed", 70)
+    assert "silent: rank 2" in ended["reason"]
+    assert committed(tmp_path / "run")[-1] >= 5
+
+
+def test_rank_zero_that_hangs_is_left_too(tmp_path: Path) -> None:
+    """It keeps the store here, as under srun, so nobody can say more than that contact was lost."""
+    with start(2, tmp_path, *LONG) as job:
+        wait_for_step(job, tmp_path / "run", 7, attempt=1)
+        job.signal(0, signal.SIGSTOP)
+        wait_for_rank(job, 1, TIMEOUT + 10)
+        assert job.processes[1].exitcode == 70
+        assert "rank 1" in job.output()
+
+
+def test_a_stop_signal_ends_a_rank_that_waits_for_one_that_hangs(tmp_path: Path) -> None:
+    """Long before the collective's time-out: the scheduler's patience is shorter."""
+    options = ("distributed.timeout_seconds=300",)
+    with start(2, tmp_path, *LONG, *options) as job:
+        wait_for_step(job, tmp_path / "run", 7, attempt=1)
+        job.signal(1, signal.SIGSTOP)
+        time.sleep(1)
+        job.signal(0, signal.SIGTERM)
+        assert wait_for_rank(job, 0, 25) < 20
+        assert job.processes[0].exitcode == 70
+        assert "of a stop signal; silent: rank 1" in job.output()
+    assert status(tmp_path / "run")["state"] == "failed"

@@ -1,0 +1,110 @@
+"""Real full and read-only file systems under a run: what was saved stays, training goes on or stops with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import (
+    Job,
+    call_train_hastily,
+    committed,
+    metrics,
+    start,
+    state_differences,
+    status,
+    train,
+    wait_for_step,
+    wait_until,
+)
+
+RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2")
+
+
+def mount(*arguments: str) -> bool:
+    return subprocess.run(["mount", *arguments], capture_output=True, timeout=30).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB; a checkpoint here takes 1."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", "size=24m", "none", str(path)):
+        pytest.skip("mounting a small file system takes root")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True, timeout=30)
+
+
+@contextlib.contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """No byte is left."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for size in (2**16, 2**10, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)
+    yield
+    filler.unlink()
+
+
+def wait_for_words(job: Job, words: str) -> None:
+    wait_until(lambda: words in job.output(), lambda: f"never said {words!r}\n{job.output()}")
+
+
+def test_a_full_disk_delays_saves_and_changes_nothing_in_what_is_learned(disk: Path, tmp_path: Path) -> None:
+    options = (*RUN, "train.max_steps=400")
+    undisturbed = train(2, tmp_path, *options)
+    with start(2, disk, *options, function=call_train_hastily) as job:
+        wait_for_step(job, disk / "run", 25, attempt=1)
+        with full(disk):
+            before = committed(disk / "run")
+            wait_for_words(job, "No space left on device")
+            assert committed(disk / "run")[-1] >= before[-1]
+        assert job.wait() == [0, 0], job.output()
+        assert "was not saved" in job.output()
+    assert state_differences(undisturbed, disk / "run") == []
+    assert [record["step"] for record in metrics(disk / "run")] == list(range(1, 401)), "lines were kept, and in order"
+    assert status(disk / "run")["state"] == "finished"
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_its_reason_and_the_run_goes_on_later(
+    disk: Path, tmp_path: Path
+) -> None:
+    run = disk / "run"
+    undisturbed = train(2, tmp_path, *RUN, "train.max_steps=600")
+    with start(2, disk, *RUN, "train.max_steps=600", function=call_train_hastily) as job:
+        wait_for_step(job, run, 25, attempt=1)
+        with full(disk):
+            assert job.wait(60) == [70, 70], job.output()
+            assert "No space left on device" in job.output()
+            assert "Traceback" not in job.output()
+            saved = committed(run)
+            assert saved
+    train(2, disk, *RUN, "train.max_steps=600", function=call_train_hastily)
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == saved[-1] + 1
+    assert state_differences(undisturbed, run) == []
+
+
+def test_checkpoints_on_a_read_only_file_system_end_the_run_with_that_reason(disk: Path, tmp_path: Path) -> None:
+    run, checkpoints = disk / "run", str(disk / "run" / "checkpoints")
+    undisturbed = train(1, tmp_path, *RUN, "train.max_steps=600")
+    with start(1, disk, *RUN, "train.max_steps=600", function=call_train_hastily) as job:
+        wait_for_step(job, run, 25, attempt=1)
+        assert mount("--bind", checkpoints, checkpoints)
+        try:
+            # Refused while a save has a file open there.
+            wait_until(lambda: mount("-o", "remount,bind,ro", checkpoints), lambda: "it stays writable")
+            assert job.wait(60) == [70], job.output()
+        finally:
+            subprocess.run(["umount", checkpoints], check=True, timeout=30)
+    assert "Read-only file system" in job.output()
+    assert "Read-only file system" in status(run)["reason"]
+    assert committed(run)
+    train(1, disk, *RUN, "train.max_steps=600", function=call_train_hastily)
+    assert state_differences(undisturbed, run) == []
