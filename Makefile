@@ -1,10 +1,10 @@
-# make install | train | test | check | bench. Everything happens in .venv; PYTHON=python3.12 picks another Python.
+# make install | train | test | torture | check | bench. Everything happens in .venv; PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install train test check bench clean
+.PHONY: install train test torture check bench clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ train: install
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
+
+torture: install
+	$(BIN)/python tests/faults/torture.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -97,6 +97,11 @@ class Job:
             process.start()
             self.processes.append(process)
 
+    @staticmethod
+    def argv(root: Path, *overrides: str, name: str) -> list[str]:
+        root.mkdir(parents=True, exist_ok=True)
+        return [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
+
     def __enter__(self) -> Job:
         return self
 
@@ -135,17 +140,20 @@ def start(
     world_size: int, root: Path, *overrides: str, name: str = "run", function: Callable[..., int] = call_train
 ) -> Job:
     """`train` on some ranks with run.root=root and run.name=name."""
-    root.mkdir(parents=True, exist_ok=True)
-    argv = [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
-    return Job(world_size, root / f"{name}.log", function, (argv,))
+    return Job(world_size, root / f"{name}.log", function, (Job.argv(root, *overrides, name=name),))
 
 
 def train(
-    world_size: int, root: Path, *overrides: str, name: str = "run", function: Callable[..., int] = call_train
+    world_size: int,
+    root: Path,
+    *overrides: str,
+    name: str = "run",
+    function: Callable[..., int] = call_train,
+    timeout: float = 120,
 ) -> Path:
     """Train to the end; returns the run directory."""
     with start(world_size, root, *overrides, name=name, function=function) as job:
-        assert job.wait() == [0] * world_size, job.output()
+        assert job.wait(timeout) == [0] * world_size, job.output()
     return root / name
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ddpm_dist.config import Config, changes, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
-from ddpm_dist.run.files import Fence, no_fence, read_json, replacing, write_json
+from ddpm_dist.run.files import TEMPORARY, Fence, no_fence, read_json, replacing, write_json
 from ddpm_dist.run.lease import Lease
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -68,6 +68,13 @@ class RunDirectory:
                 f"run.root={root}: cannot write {self.path} ({error.strerror}); give a writable folder"
             ) from None
         self.refuse_links()
+
+    def sweep(self) -> None:
+        """Remove the temporary files of killed attempts. The shipper's are its own: it may be at work."""
+        for folder in (self.path, self.samples, self.attempts):
+            for leftover in folder.glob(f".*{TEMPORARY}"):
+                if not leftover.name.startswith(f".{self.mlflow_file.name}"):
+                    leftover.unlink(missing_ok=True)
 
     def refuse_links(self) -> None:
         """Raises ConfigError where the run directory or a folder inside is a link that leads out of run.root."""

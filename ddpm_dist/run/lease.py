@@ -102,15 +102,23 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
             _wait_until_free(directory / _name(newest), wait)
         number = max(newest + 1, at_least)
         facts = {"attempt": number, **_identity(), "started": time.time(), "beat": 0, "ended": None, **facts}
-        path, private = directory / _name(number), directory / f".{os.getpid()}-{socket.gethostname()}.tmp"
+        path, private = directory / _name(number), directory / f".{socket.gethostname()}-{os.getpid()}.claim"
         private.write_bytes(_text(facts))
         try:
             os.link(private, path)
+            _sweep(directory)
             return Lease(path, facts)
         except FileExistsError:
             continue  # another was first: is it alive?
         finally:
-            private.unlink()
+            private.unlink(missing_ok=True)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the claims of processes that died while they made them."""
+    for path in directory.glob(".*.claim"):
+        if not seems_alive(read_json(path) or {}):
+            path.unlink(missing_ok=True)
 
 
 def read_attempts(directory: Path) -> list[dict[str, Any]]:

@@ -103,6 +103,7 @@ class Starter:
             for path in self.store.set_aside(newer_than=step):
                 print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
         self.store.sweep()
+        self.directory.sweep()
         self.lease.note(start_step=step, step=step)
         sha256 = found[1] if found else None
         return Start(False, self.lease.number, step if found else None, sha256, changed, without_progress)

@@ -1,0 +1,51 @@
+"""Killed at random instants and at chosen ones: the end is that of the run that was left alone, to the bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import call_train_hastily, committed, metrics, start, state_differences, train
+
+sys.path.insert(0, str(Path(__file__).parent))
+from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_random_kills_change_nothing(tmp_path: Path, seed: int) -> None:
+    steps = 500
+    undisturbed = train(2, tmp_path, *RUN, f"train.max_steps={steps}", name="undisturbed")
+    outcome = random_kills(tmp_path, undisturbed, seed, kills=10, steps=steps)
+    assert outcome.differences == []
+    assert outcome.kills == 10
+    # It went on from its checkpoints, and did not just start over and over.
+    assert outcome.resumed
+    assert max(outcome.resumed) > 10
+    assert all(step == 1 or step % 10 == 1 for step in outcome.resumed)
+
+
+def test_a_process_that_dies_before_a_change_of_the_disk_comes_back(tmp_path: Path) -> None:
+    """All of them are in `make torture`."""
+    undisturbed = train(1, tmp_path, "checkpoint.every=3", "train.max_steps=8", name="undisturbed")
+    numbers = sorted(random.Random(3).sample(range(1, 90), 14))
+    assert crash_points(tmp_path, undisturbed, numbers, steps=8) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_fallen_back_from_and_set_aside(
+    tmp_path: Path, damage: Callable[[Path, random.Random], None]
+) -> None:
+    undisturbed = train(2, tmp_path, *RUN, "train.max_steps=55", name="undisturbed")
+    run = train(2, tmp_path, *RUN, "train.max_steps=43")
+    newest = newest_checkpoint(run)
+    damage(newest, random.Random(5))
+    with start(2, tmp_path, *RUN, "train.max_steps=55", function=call_train_hastily) as job:
+        assert job.wait() == [0, 0], job.output()
+        assert f"{newest} is damaged; it was renamed, and the run goes on from step 40" in job.output()
+    assert state_differences(undisturbed, run) == []
+    assert newest.with_name(newest.name + ".damaged").exists()
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == 41
+    assert committed(run)[-1] == 55

@@ -1,0 +1,141 @@
+"""The long campaign: `make torture` (some 20 minutes on two cores). Prints a table; exit code 1 if a bar was missed.
+
+python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import torch
+from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
+from harness import call_train_hastily, start, state_differences, train
+
+from ddpm_dist.errors import DataError
+from ddpm_dist.run.checkpoint import CheckpointStore
+
+
+def kills(root: Path, count: int, seed: int) -> str:
+    steps = 50 * count
+    undisturbed = train(2, root, *RUN, f"train.max_steps={steps}", name="undisturbed", timeout=1800)
+    outcome = random_kills(root, undisturbed, seed, count, steps)
+    assert outcome.differences == [], outcome.differences[:5]
+    assert max(outcome.resumed) > steps / 4, "it started over instead of going on"
+    return (
+        f"{outcome.kills} SIGKILLs (job or one rank), {outcome.attempts} attempts, {steps} steps: bitwise equal; "
+        f"start to first new step of the last attempt {outcome.slowest_return:.1f} s"
+    )
+
+
+def all_crash_points(root: Path, count: int, seed: int) -> str:
+    undisturbed = train(1, root, "checkpoint.every=3", "train.max_steps=8", name="undisturbed")
+    numbers = list(range(1, 400))
+    wrong = crash_points(root, undisturbed, numbers, steps=8)
+    points = len(list(root.glob("point-*.log"))) - 1  # at the last number the run had no change left to die before
+    assert wrong == [], wrong[:5]
+    return f"killed before each of its {points} changes of the disk: all come back, bitwise equal, nothing left over"
+
+
+def damage_at_the_loader(root: Path, count: int, seed: int) -> str:
+    run = train(1, root, "train.max_steps=3")
+    store, draw, path = CheckpointStore(run / "checkpoints"), random.Random(seed), newest_checkpoint(run)
+    content, words = path.read_bytes(), []
+    for damage, times in zip(DAMAGES, (1000, 200, 100), strict=True):
+        for _ in range(times):
+            path.write_bytes(content)
+            damage(path, draw)
+            try:
+                store.load(3)
+            except DataError:
+                continue
+            raise AssertionError(f"{damage.__name__} was not noticed")
+        words.append(f"{times} x {damage.__name__}")
+    return f"{', '.join(words)}: all noticed"
+
+
+def damage_end_to_end(root: Path, count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    undisturbed = train(2, root, *RUN, "train.max_steps=55", name="undisturbed")
+    for damage in DAMAGES:
+        for number in range(5):
+            name = f"{damage.__name__}-{number}"
+            run = train(2, root, *RUN, "train.max_steps=43", name=name)
+            damage(newest_checkpoint(run), draw)
+            train(2, root, *RUN, "train.max_steps=55", name=name)
+            assert state_differences(undisturbed, run) == [], name
+    return "5 of each kind between two attempts: fallen back, bitwise equal"
+
+
+def signals_in_saves(root: Path, count: int, seed: int) -> str:
+    """Stop signals, one to three, to any rank, with a save under way at nearly every step."""
+    import signal
+
+    draw, options = random.Random(seed), ("checkpoint.every=1", "train.log_every=1", "train.max_steps=3000")
+    undisturbed = train(2, root, *options, name="undisturbed", timeout=900)
+    run, stops, worst = root / "run", 0, 0.0
+    while True:
+        with start(2, root, *options, function=call_train_hastily) as job:
+            end = time.monotonic() + draw.uniform(1.5, 4.0)
+            while time.monotonic() < end and job.alive():
+                time.sleep(0.01)
+            begun = time.monotonic()
+            for _ in range(draw.choice([1, 1, 2, 3])):
+                for rank in draw.choice([[0], [1], [0, 1]]):
+                    if job.processes[rank].is_alive():
+                        job.signal(rank, draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]))
+            codes = job.wait(60)
+            worst = max(worst, time.monotonic() - begun)
+        assert codes in ([75, 75], [0, 0]), job.output()
+        if codes == [0, 0]:
+            break
+        stops += 1
+        assert not list(run.rglob("*.tmp")), "a clean stop leaves no temporary files"
+    from harness import metrics
+
+    steps = [record["step"] for record in metrics(run)]
+    assert steps == list(range(1, 3001)), "no step was trained twice, so none was lost"
+    assert state_differences(undisturbed, run) == []
+    return f"{stops} stops: 0 steps lost, bitwise equal; slowest stop {worst:.1f} s"
+
+
+CAMPAIGNS: dict[str, Callable[[Path, int, int], str]] = {
+    "damage at the loader": damage_at_the_loader,
+    "damage end to end": damage_end_to_end,
+    "crash points": all_crash_points,
+    "stop signals": signals_in_saves,
+    "random kills": kills,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--only", choices=list(CAMPAIGNS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"seed {args.seed}", flush=True)
+    missed = 0
+    for name, campaign in CAMPAIGNS.items():
+        if args.only in (None, name):
+            begun = time.monotonic()
+            try:
+                with tempfile.TemporaryDirectory(prefix="torture-") as root:
+                    result = campaign(Path(root), args.kills, args.seed)
+            except Exception as error:
+                traceback.print_exc()
+                result, missed = f"MISSED: {' '.join(str(error).split())[:300]}", missed + 1
+            print(f"| {name} | {result} | {time.monotonic() - begun:.0f} s |", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
