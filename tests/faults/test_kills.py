@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import call_train_hastily, committed, metrics, start, state_differences, train
-
-sys.path.insert(0, str(Path(__file__).parent))
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
+from harness import call_train_hastily, committed, metrics, start, state_differences, train
 
 
 @pytest.mark.parametrize("seed", [1])

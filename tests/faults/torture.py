@@ -1,6 +1,6 @@
 """The long campaign: `make torture` (some 20 minutes on two cores). Prints a table; exit code 1 if a bar was missed.
 
-python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
+PYTHONPATH=tests python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
 from harness import call_train_hastily, start, state_differences, train
