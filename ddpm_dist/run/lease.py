@@ -98,8 +98,12 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
     directory.mkdir(parents=True, exist_ok=True)
     while True:
         newest = _newest(directory)
-        if newest:
-            _wait_until_free(directory / _name(newest), wait)
+        holder = _living_holder(directory / _name(newest), wait) if newest else None
+        if holder is not None:
+            raise ConfigError(
+                f"{directory.parent}: is being trained by attempt {holder.get('attempt')} ({_holder(holder)}); "
+                "stop that one first, or give another run.name"
+            )
         number = max(newest + 1, at_least)
         facts = {"attempt": number, **_identity(), "started": time.time(), "beat": 0, "ended": None, **facts}
         path, private = directory / _name(number), directory / f".{socket.gethostname()}-{os.getpid()}.claim"
@@ -137,21 +141,23 @@ def seems_alive(facts: dict[str, Any]) -> bool:
     return _start_time(facts.get("pid")) == facts.get("pid_started")
 
 
-def _wait_until_free(path: Path, wait: Callable[[float], None]) -> None:
-    """Returns when the holder is gone. Raises ConfigError when its heartbeat is seen."""
+def is_held(directory: Path, wait: Callable[[float], None] = time.sleep) -> bool:
+    """Whether the newest attempt is alive. Takes a heartbeat to say yes, and up to STALE_SECONDS to say no."""
+    newest = _newest(directory)
+    return bool(newest) and _living_holder(directory / _name(newest), wait) is not None
+
+
+def _living_holder(path: Path, wait: Callable[[float], None]) -> dict[str, Any] | None:
+    """Watches a claim until its heartbeat is seen (then its facts), or the holder is gone (then None)."""
     seen, since = path.read_bytes(), time.monotonic()
-    while True:
+    while time.monotonic() - since <= STALE_SECONDS:
         facts = read_json(path) or {}
         if facts and not seems_alive(facts):
-            return
+            return None
         if path.read_bytes() != seen:
-            raise ConfigError(
-                f"{path.parent.parent}: is being trained by attempt {facts.get('attempt')} ({_holder(facts)}); "
-                "stop that one first, or give another run.name"
-            )
-        if time.monotonic() - since > STALE_SECONDS:
-            return
+            return facts
         wait(POLL_SECONDS)
+    return None
 
 
 def _newest(directory: Path) -> int:

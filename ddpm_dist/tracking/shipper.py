@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import itertools
 import os
-import socket
 import sys
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import Any
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.files import read_json, write_json
+from ddpm_dist.run.lease import is_held
 from ddpm_dist.tracking.journal import read_lines
 from ddpm_dist.tracking.process import address_of, choose_uri
 
@@ -213,23 +213,12 @@ def sync(directory: RunDirectory) -> str:
     Raises:
         NotDelivered: try again later.
     """
-    status = directory.read_status()
-    alive = bool(status) and (status["host"] != socket.gethostname() or _is_alive(status["pid"]))
-    state = true_state(directory, alive)
+    running = directory.read_status().get("state", "running") == "running"
+    state = true_state(directory, trainer_alive=running and is_held(directory.attempts))
     prepare_client()
     with _locked(directory.path / ".shipper.lock", wait=False):
         Shipper(directory).ship(state)
     return state
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def prepare_client() -> None:

@@ -27,7 +27,9 @@ from harness import TINY, Job, call_train, free_port, metrics, start, status, wa
 
 from ddpm_dist.config import Config, load_config, to_flat
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.run import lease as leases
 from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.lease import claim
 from ddpm_dist.tracking import shipper as shipping
 from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.shipper import METRICS, NotDelivered, Shipper, follow, prepare_client
@@ -599,13 +601,23 @@ def test_last_tries_are_bounded_and_nothing_is_lost(
     assert_delivered(database(root), f"bounded-{kind}", directory.path)
 
 
-def test_sync_of_a_run_whose_trainer_died_without_a_word_says_failed(root: Path, finished: Path) -> None:
+def test_sync_of_a_run_whose_trainer_died_without_a_word_says_failed(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine or on another, which is told from its heartbeat; and "running" while there is one."""
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "STALE_SECONDS", 2.0)
     directory = make_run(root, "wordless", state="running")
-    values = status(directory.path)
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait(30)
-    directory.status_file.write_text(json.dumps(values | {"pid": process.pid}))
-    assert shipping.sync(directory) == "failed"
+    lease = claim(directory.attempts, {}, 1)
+    try:
+        assert shipping.sync(directory) == "running"
+    finally:
+        lease.release()
+    path = directory.attempts / "00001.json"
+    facts = json.loads(path.read_text()) | {"ended": None}
+    for changed in ({"pid": 2**22 + 1}, {"host": "node17"}):
+        path.write_text(json.dumps(facts | changed))
+        assert shipping.sync(directory) == "failed"
     assert_delivered(database(root), "wordless", directory.path, "FAILED")
 
 
