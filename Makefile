@@ -29,7 +29,8 @@ check: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m benchmarks.step $(ARGS)
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.checkpoint
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -101,6 +101,7 @@ class TrainConfig:
     channels_last: Auto = key("auto", "NHWC memory format (auto: on for fp32 on CPUs)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda if there is one", free=True)
     threads: int | None = key(None, "CPU threads per rank (null: the cores this rank has)", minimum=1, free=True)
+    check_drift_every: int | None = key(None, "steps between checks that ranks agree to the bit", minimum=1, free=True)
     max_skipped: int = key(50, "updates in a row with NaN or inf gradients that end the run (76)", minimum=1, free=True)
     log_every: int = key(10, "steps between lines of metrics.jsonl", minimum=1, free=True)
 

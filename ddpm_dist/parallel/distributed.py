@@ -160,6 +160,15 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: int) -> list[int]:
+        """An int64 of every rank, by rank. Waits for the device. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        dist.all_reduce(values)
+        return [int(each) for each in values.tolist()]
+
     def agree(self, wish: Wish = Wish.NONE) -> Wish:
         """The strongest wish of any rank, the same on every rank at the same call. Collective.
 

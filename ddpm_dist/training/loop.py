@@ -70,6 +70,8 @@ class Loop:
                 trainer.train_step(next(self.batches))
                 if trainer.step % config.train.log_every == 0 or trainer.step == self.attempt.target:
                     self._log()
+                if config.train.check_drift_every and trainer.step % config.train.check_drift_every == 0:
+                    self._check_drift()
                 if trainer.step % config.checkpoint.every == 0 or trainer.step == self.attempt.target:
                     self._save()
                 self._preview_if_due()
@@ -126,6 +128,16 @@ class Loop:
         before = time.perf_counter()
         yield
         self._clock_start += time.perf_counter() - before
+
+    def _check_drift(self) -> None:
+        drifted = self.trainer.drifted_ranks()
+        if drifted:  # the same list on every rank
+            self.trainer.ranks.fail_together(
+                Diverged(
+                    f"step {self.trainer.step}: the weights of rank(s) {', '.join(map(str, drifted))} are no longer "
+                    "rank 0's: some machine computes wrongly; go on without it, from an older checkpoint"
+                )
+            )
 
     def _append(self, journal: Journal, record: dict[str, float]) -> None:
         """A full disk is no reason to stop: the journal keeps the line and writes it later."""

@@ -163,6 +163,13 @@ class Trainer:
         applied = applied or math.nan
         return WindowMeans(loss / applied, grad_norm / applied, skipped, most)
 
+    def drifted_ranks(self) -> list[int]:
+        """Ranks whose weights are not rank 0's, to the bit; broken hardware does that. Collective."""
+        # The sum of the bits as whole numbers: exact in any order, and any single flip changes it.
+        bits = [parameter.detach().reshape(-1).view(torch.int32).sum() for parameter in self._parameters]
+        digests = self.ranks.gather(int(torch.stack(bits).sum()))
+        return [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+
     def checkpoint(self, contract: dict[str, Any]) -> Checkpoint:
         """All that the run needs to go on from here. Collective."""
         # Rank 0 holds the sums of all from here on, so that the curve goes on over a resume without a seam.

@@ -88,3 +88,34 @@ def test_a_series_of_skips_goes_on_over_a_resume(tmp_path: Path) -> None:
     with start(2, tmp_path, *options, "train.max_steps=60", function=nan_from_3_on) as job:
         assert job.wait() == [76, 76]
     assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def drifts_at_4(argv: Sequence[str]) -> int:
+    """One bit of one weight of rank 2 flips."""
+    from ddpm_dist.training.trainer import Trainer
+
+    sound = Trainer.train_step
+
+    def drifting(self: Trainer, batch: Batch) -> None:
+        sound(self, batch)
+        if self.step == 4 and self.ranks.rank == 2:
+            weights = next(iter(self.model.parameters())).detach()
+            weights.view(-1)[:1].view(torch.int32).bitwise_xor_(torch.tensor(1, dtype=torch.int32))
+
+    Trainer.train_step = drifting  # type: ignore[method-assign]
+    return call_train(argv)
+
+
+def test_a_rank_whose_weights_drift_by_one_bit_is_named(tmp_path: Path) -> None:
+    options = ("train.max_steps=20", "train.check_drift_every=3", "checkpoint.every=3")
+    with start(4, tmp_path, *options, function=drifts_at_4) as job:
+        assert job.wait() == [76] * 4, job.output()
+        assert job.output().count("error: ") == 1
+        assert "step 6: the weights of rank(s) 2 are" in job.output()
+    assert committed(tmp_path / "run") == [3], "saved at the last step that was found sound"
+
+
+def test_sound_ranks_pass_the_check_and_it_changes_nothing(tmp_path: Path) -> None:
+    plain = train(2, tmp_path, *RUN, name="plain")
+    checked = train(2, tmp_path, *RUN, "train.check_drift_every=1", name="checked")
+    assert differences(final_state(plain)["model"], final_state(checked)["model"]) == []

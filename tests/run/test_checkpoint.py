@@ -571,3 +571,21 @@ def test_the_content_is_on_disk_before_its_manifest_is(tmp_path: Path, monkeypat
         *("fsync .step-00000004.pt.tmp", "rename to .pt", "fsync checkpoints"),
         *("fsync .step-00000004.json.tmp", "rename to .json", "fsync checkpoints"),
     ]
+
+
+# Earlier versions
+
+
+def test_a_checkpoint_of_format_1_is_read_for_ever() -> None:
+    """The file is as version 0.1.0 wrote it. A later format adds a folder; it never changes this one."""
+    checkpoint, _ = CheckpointStore(Path(__file__).parent / "format-1").load(4)
+    weight = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    assert checkpoint.step == 4
+    assert torch.equal(checkpoint.model["head.weight"], weight)
+    assert torch.equal(checkpoint.ema["head.weight"], 3 * weight)
+    assert torch.equal(checkpoint.optimizer["state"][0]["exp_avg_sq"], weight**2)
+    assert checkpoint.optimizer["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert checkpoint.scaler["scale"] == 65536.0
+    assert checkpoint.window.tolist() == [1, 2, 3, 0, 0, 0]
+    assert checkpoint.config["data.batch_size"] == 128
+    assert checkpoint.contract["channels_last"] is True
