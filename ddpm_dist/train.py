@@ -16,7 +16,7 @@ from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.parallel.environment import RankEnvironment, read_environment
-from ddpm_dist.run.preemption import StopSignal
+from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
 EPILOG = """\
 Stop it with Ctrl-C or SIGTERM (it saves and exits 75); the same command goes on at the very next step.
@@ -74,6 +74,8 @@ def _train(config: Config, env: RankEnvironment) -> int:
         if text:
             print(text, file=sys.stderr, flush=True)
         return code
+    finally:
+        ignore_from_now_on()
 
 
 if __name__ == "__main__":

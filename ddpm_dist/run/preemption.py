@@ -79,9 +79,14 @@ class StopSignal:
         threading.Thread(target=listen, daemon=True, name="signals").start()
 
 
+def ignore_from_now_on() -> None:
+    """For a process that has done all and is about to exit: a late signal must not change its exit code."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def ignore_in_child(worker_id: int = 0) -> None:
     """A loader worker's `worker_init_fn`. torchrun and terminals signal whole process groups: a worker that
     obeyed would die under the trainer before it could save. It ends when its trainer closes it or is gone.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_from_now_on()

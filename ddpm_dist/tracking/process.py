@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ddpm_dist.config import Config
@@ -13,6 +15,7 @@ from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.files import read_json
 
+REVIVE_SECONDS = 5.0
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -43,18 +46,29 @@ class ShipperProcess:
     """Mirrors a run directory into MLflow while the trainer lives, and a little longer."""
 
     def __init__(self, process: subprocess.Popen[bytes], directory: RunDirectory) -> None:
-        self._process, self._directory = process, directory
+        self._process, self._directory, self._started = process, directory, time.monotonic()
         self._uri = address_of(choose_uri(directory.read_config(), directory), directory)
 
     @classmethod
     def start(cls, run_directory: Path) -> ShipperProcess:
         """Start it in a session of its own, since launchers signal whole process groups."""
-        directory = RunDirectory(run_directory)
+        return cls(cls._spawn(run_directory), RunDirectory(run_directory))
+
+    def revive(self) -> None:
+        """Start it again if it was killed. Cheap enough for every line that is logged."""
+        if self._process.poll() is None or time.monotonic() - self._started < REVIVE_SECONDS:
+            return
+        self._started = time.monotonic()
+        with contextlib.suppress(OSError):  # a full disk, perhaps: the next attempt or `sync` delivers
+            self._process = self._spawn(self._directory.path)
+
+    @staticmethod
+    def _spawn(run_directory: Path) -> subprocess.Popen[bytes]:
         # It is no rank, and must not take cores from one.
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment["OMP_NUM_THREADS"] = "1"
         with open(run_directory / "shipper.log", "ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "ddpm_dist.tracking.shipper", str(run_directory), "--follow", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -62,7 +76,6 @@ class ShipperProcess:
                 env=environment,
                 start_new_session=True,
             )
-        return cls(process, directory)
 
     def wait(self, timeout_seconds: float) -> None:
         """Until everything is delivered, but no longer than this: it goes on without us."""

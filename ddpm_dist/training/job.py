@@ -185,6 +185,7 @@ class Job:
             attempt=self.attempt,
             journal=journal,
             saver=self.saver,
+            shipper=self.shipper,
             progress=progress,
             image_shape=images.shape,
         )

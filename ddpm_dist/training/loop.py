@@ -20,6 +20,7 @@ from ddpm_dist.parallel.distributed import Wish
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.saver import Saver
 from ddpm_dist.tracking.journal import Journal
+from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.training.progress import Progress
 from ddpm_dist.training.trainer import Trainer
 
@@ -34,6 +35,7 @@ class Loop:
         attempt: this life of the run.
         journal: metrics.jsonl; None on other ranks than 0.
         saver: of checkpoints; None on other ranks than 0.
+        shipper: of metrics.jsonl to MLflow; None on other ranks than 0, and where nothing is tracked.
         image_shape: (C, H, W).
     """
 
@@ -45,6 +47,7 @@ class Loop:
     attempt: Attempt
     journal: Journal | None
     saver: Saver | None
+    shipper: ShipperProcess | None
     progress: Progress
     image_shape: tuple[int, int, int]
     _saved_step: int | None = None
@@ -110,6 +113,8 @@ class Loop:
         if self.journal is not None:
             self._append(self.journal, record)
             self.progress.update(record)
+        if self.shipper is not None:
+            self.shipper.revive()
         limit = trainer.config.train.max_skipped
         if means.most_in_a_row >= limit:  # the same on every rank
             trainer.ranks.fail_together(

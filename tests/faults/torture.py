@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import tracking_campaign
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
 from harness import call_train_hastily, start, state_differences, train
 
@@ -92,7 +93,7 @@ def signals_in_saves(root: Path, count: int, seed: int) -> str:
                         job.signal(rank, draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]))
             codes = job.wait(60)
             worst = max(worst, time.monotonic() - begun)
-        assert codes in ([75, 75], [0, 0]), job.output()
+        assert codes in ([75, 75], [0, 0]), f"exit codes {codes}\n{job.output()[-2000:]}"
         if codes == [0, 0]:
             break
         stops += 1
@@ -111,6 +112,8 @@ CAMPAIGNS: dict[str, Callable[[Path, int, int], str]] = {
     "crash points": all_crash_points,
     "stop signals": signals_in_saves,
     "random kills": kills,
+    "MLflow, sqlite": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=False),
+    "MLflow, server": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=True),
 }
 
 

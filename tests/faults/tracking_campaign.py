@@ -1,0 +1,164 @@
+"""100,000 points into MLflow while the shipper, the server and the trainer are killed: part of `make torture`."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import TINY, free_port
+
+from ddpm_dist.config import load_config
+from ddpm_dist.errors import ExitCode
+from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.tracking.journal import Journal
+from ddpm_dist.tracking.process import ShipperProcess
+from ddpm_dist.tracking.shipper import METRICS
+
+LINES, LIVES = 17_000, 4  # six metrics a line
+
+
+def train(directory: RunDirectory, attempt: int) -> None:
+    """A trainer as far as tracking sees it: a quarter of the lines, the first hundred again after a kill."""
+    life = Attempt(directory, attempt, LINES, 1, None)
+    life.write("running", 0, "training")
+    journal, shipper = Journal(directory.metrics_file), ShipperProcess.start(directory.path)
+    first = max(1, (attempt - 1) * LINES // LIVES - 100)
+    for step in range(first, attempt * LINES // LIVES + 1):
+        figures = dict.fromkeys(METRICS, step + attempt / 8)
+        journal.append({"step": step, "attempt": attempt, "time": 1.7e9 + attempt * 1e6 + step, **figures})
+        if step % 20 == 0:
+            shipper.revive()
+            time.sleep(0.1)
+    if attempt == LIVES:
+        life.write("finished", LINES, "target reached", ExitCode.FINISHED)
+        shipper.wait(60)
+    else:
+        time.sleep(600)  # until it is killed
+
+
+@contextlib.contextmanager
+def server(place: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
+    with open(place / "server.log", "ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=place,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: uvicorn's workers too
+        process.wait(30)
+
+
+def answers(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def shippers_of(run: Path) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "ddpm_dist.tracking.shipper" in words and str(run) in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def campaign(root: Path, seed: int, http_server: bool) -> str:
+    """Kills 10 shippers, 3 servers (if there is one) and 3 trainers; then compares what MLflow has."""
+    draw, port, killed = random.Random(seed), free_port(), {"shipper": 0, "server": 0, "trainer": 0}
+    uri = f"http://127.0.0.1:{port}" if http_server else f"sqlite:///{root}/mlflow.db"
+    config = load_config(
+        None, [*TINY, "tracking.enabled=yes", f"run.root={root}", "run.name=run", f"tracking.uri={uri}"]
+    )
+    directory = RunDirectory(config.directory)
+    directory.create()
+    directory.write_config(config)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(server(root, port))] if http_server else []
+        for attempt in range(1, LIVES + 1):
+            argv = [sys.executable, __file__, str(directory.path), str(attempt)]
+            trainer = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+            stack.callback(trainer.kill)
+            end = time.monotonic() + 26  # it writes for some 22 s
+            while time.monotonic() < end and trainer.poll() is None:
+                time.sleep(draw.uniform(3, 9))
+                if killed["shipper"] < 10 and (pids := shippers_of(directory.path)):
+                    os.kill(draw.choice(pids), signal.SIGKILL)
+                    killed["shipper"] += 1
+                if http_server and killed["server"] < min(3, attempt):
+                    os.killpg(servers[-1].pid, signal.SIGKILL)
+                    time.sleep(3)
+                    servers.append(stack.enter_context(server(root, port)))
+                    killed["server"] += 1
+            if attempt < LIVES:
+                trainer.kill()
+                killed["trainer"] += 1
+            trainer.wait(200)
+        deliver(directory, port if http_server else None)
+        return f"{compare(directory, uri)}; killed: {killed}"
+
+
+def deliver(directory: RunDirectory, port: int | None) -> None:
+    """As a person would: `sync`, until it says delivered."""
+    deadline = time.monotonic() + 300
+    while True:
+        if port is None or answers(port):
+            argv = [sys.executable, "-m", "ddpm_dist.sync", str(directory.path)]
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+            if done.returncode == 0:
+                return
+            assert time.monotonic() < deadline, done.stderr
+        time.sleep(1)
+
+
+def compare(directory: RunDirectory, uri: str) -> str:
+    from mlflow import MlflowClient
+
+    written: dict[int, dict[str, float]] = {}
+    for line in directory.metrics_file.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # torn by a kill
+            record = json.loads(line)
+            written.setdefault(record["step"], record)
+    client, run_id = MlflowClient(uri), json.loads(directory.mlflow_file.read_text())["run_id"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    total = lost = doubled = other = 0
+    for name in METRICS:
+        stored = [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+        steps = {step for step, _ in stored}
+        lost += len(written.keys() - steps)
+        doubled += len(stored) - len(steps)
+        # Of a step that was trained twice, MLflow has the line that came first.
+        other += sum(written[step][name] != value for step, value in stored if step in written)
+        total += len(stored)
+    assert (lost, doubled, other) == (0, 0, 0), f"{lost} lost, {doubled} doubled, {other} with another value"
+    assert len(written) == LINES
+    return f"{total} points: 0 lost, 0 doubled"
+
+
+if __name__ == "__main__":
+    train(RunDirectory(Path(sys.argv[1])), int(sys.argv[2]))
