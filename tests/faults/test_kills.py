@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
-from harness import call_train_hastily, committed, metrics, start, state_differences, train
+from harness import call_train_hastily, committed, metrics, start, state_differences, train, wait_for_step
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -46,3 +46,18 @@ def test_a_damaged_checkpoint_is_fallen_back_from_and_set_aside(
     assert newest.with_name(newest.name + ".damaged").exists()
     assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == 41
     assert committed(run)[-1] == 55
+
+
+def test_saves_by_the_clock_are_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
+    """Rank 0's clock decides; the ranks agree, go on from there after a kill, and end with the same bits."""
+    options = ("checkpoint.every=100000", "checkpoint.every_seconds=0.4", "train.log_every=1", "train.max_steps=250")
+    undisturbed = train(2, tmp_path, "train.max_steps=250", name="undisturbed")
+    run = tmp_path / "run"
+    with start(2, tmp_path, *options) as job:
+        wait_for_step(job, run, 100, attempt=1)
+        job.kill()
+    saved = committed(run)
+    assert saved
+    train(2, tmp_path, *options)
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == saved[-1] + 1
+    assert state_differences(undisturbed, run) == []
