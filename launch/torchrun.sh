@@ -10,6 +10,9 @@ if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
 fi
 if [ -z "${NPROC:-}" ]; then
     gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    fi
     cores=$(nproc)
     if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=$((cores < 4 ? cores : 4)); fi
     # The ranks must divide the logical shards, which are 8 by default: 1, 2, 4 and 8 do.

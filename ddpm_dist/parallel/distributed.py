@@ -56,7 +56,9 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def _user_error(exit_code: int, message: str) -> UserError:
-    return DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
+    error = DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
+    error.exit_code = ExitCode(exit_code)
+    return error
 
 
 def pick_device(requested: str, env: RankEnvironment) -> torch.device:
@@ -71,6 +73,8 @@ def pick_device(requested: str, env: RankEnvironment) -> torch.device:
     if not available:
         raise ConfigError("train.device=cuda: this machine shows no CUDA device; valid here: auto, cpu")
     count = torch.cuda.device_count()
+    if count == 1 and env.launcher == "slurm":
+        return torch.device("cuda", 0)  # srun --gpus-per-task=1 shows each task its own (NCCL refuses a shared one)
     if env.local_world_size > count:  # the same answer on every rank of the node
         raise ConfigError(f"{env.local_world_size} ranks on a node with {count} GPUs; start one rank a GPU")
     return torch.device("cuda", env.local_rank)
@@ -115,7 +119,7 @@ class Ranks:
             choose_interface(dist.PrefixStore("interface", store), rank, world_size)
         watched = dist.PrefixStore("watchdog", store.clone())
         self.watchdog = Watchdog(watched, rank, world_size, timeout.total_seconds(), self._stop_requested)
-        self.watchdog.tick()  # gloo's own connecting knows no time-out
+        self.watchdog.arm()  # gloo's own connecting knows no time-out
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -124,7 +128,8 @@ class Ranks:
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timeout,
+            # NCCL aborts the process: our watchdog, which leaves word, comes first.
+            timeout=timeout + timedelta(seconds=60) if cuda else timeout,
             device_id=self.device if cuda else None,
         )
         self.watchdog.disarm()
@@ -303,6 +308,10 @@ class Ranks:
                 "failed": error.exit_code,
                 "message": str(error) if self.is_zero else f"{error} (seen by rank {self.rank})",
             }
+        except Exception as error:
+            words = f"rank {self.rank}: {type(error).__name__}: {error}"
+            self._store.set(f"{name}/{self.rank}", json.dumps({"failed": ExitCode.SOFTWARE, "message": words}))
+            raise
         self._store.set(f"{name}/{self.rank}", json.dumps(mine))
 
         def collect(should_stop: Callable[[], bool]) -> None:
@@ -311,6 +320,8 @@ class Ranks:
             while not self._store.check(names):
                 if time.monotonic() > deadline:
                     raise RankLost(f"some rank has not been heard of for {self._timeout_seconds:g} s")
+                if should_stop():
+                    raise StopRequested
                 time.sleep(POLL_SECONDS)
             for key in names:
                 outcome = json.loads(self._store.get(key))

@@ -15,6 +15,7 @@ from ddpm_dist.errors import ExitCode
 
 BEAT_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # the collective's own time-out, or a checkpoint, comes first
+LAST_WORDS_SECONDS = 3.0
 STORE_SECONDS = 2.0  # an answer that takes longer does not come
 STOP_SECONDS = 10.0  # from a stop signal to the next step boundary, beside three steps
 
@@ -24,8 +25,9 @@ class Watchdog:
 
     A call to the store may hang with the process that keeps it, so the watching thread makes none.
 
-    The main thread calls `tick` at each step boundary. Once armed, a process that has not ticked for
-    timeout_seconds + GRACE_SECONDS leaves; after a stop signal, STOP_SECONDS and three steps are enough.
+    The main thread calls `tick` at each step boundary. From the second on (the first step may compile), a process
+    that has not ticked for timeout_seconds + GRACE_SECONDS leaves; after a stop signal, STOP_SECONDS and three
+    steps are enough.
 
     Args:
         store: one that no other thread uses, since a store serves one call at a time.
@@ -45,6 +47,7 @@ class Watchdog:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_seconds, self._stop_requested = timeout_seconds, stop_requested
         self._last_tick: float | None = None  # None: not armed
+        self._ticks = 0
         self._longest_step = 0.0
         self._stop_seen: float | None = None
         self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended
@@ -57,7 +60,12 @@ class Watchdog:
         now = time.monotonic()
         if self._last_tick is not None:
             self._longest_step = max(self._longest_step, now - self._last_tick)
-        self._last_tick = now
+        self._last_tick = now if self._ticks else None
+        self._ticks += 1
+
+    def arm(self) -> None:
+        """What follows must end within the time-out, until `disarm`."""
+        self._last_tick = time.monotonic()
 
     def disarm(self) -> None:
         """What follows may take as long as it likes."""
@@ -122,7 +130,9 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         reason += f"; {self.who_is_silent()}"
-        with contextlib.suppress(Exception):
-            self.last_words(reason)
+        # On a file system that hangs, too, this process is to end.
+        words = threading.Thread(target=self.last_words, args=(reason,), daemon=True)
+        words.start()
+        words.join(LAST_WORDS_SECONDS)
         print(f"error: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         os._exit(ExitCode.SOFTWARE)

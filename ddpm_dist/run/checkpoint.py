@@ -50,6 +50,10 @@ class Checkpoint:
     format: int = FORMAT
 
 
+class Damaged(DataError):
+    """A checkpoint that no save of ours leaves behind: missing, truncated, flipped, of another program."""
+
+
 class CheckpointStore:
     """The checkpoints of one run directory. Only one process writes.
 
@@ -87,18 +91,24 @@ class CheckpointStore:
         write_json(path.with_suffix(".json"), manifest, self._fence)
         return path
 
+    def verify(self, step: int) -> None:
+        """Read back what was saved: through the page cache, so this finds what memory and file system did to it.
+
+        Raises:
+            Damaged: it is not what was written.
+        """
+        if sha256_of(self._path(step)) != self.read_manifest(step).get("sha256"):
+            raise Damaged(f"{self._path(step).name}: reads back differently from what was written")
+
     def prune(self, step: int, keep_last: int, keep_every: int | None = None) -> None:
-        """Read back what was saved at `step`; if it is good, remove all but the newest keep_last.
+        """Remove all but the newest keep_last up to `step`, which is known to be good.
 
         Args:
             keep_every: checkpoints at multiples of this step stay too.
 
         Raises:
-            DataError: it is not good; nothing was removed.
             OSError: something could not be removed.
         """
-        if sha256_of(self._path(step)) != self.read_manifest(step).get("sha256"):
-            raise DataError(f"{self._path(step).name}: reads back differently from what was written")
         self._fence()
         # Damaged ones ahead, that this run fell back from, do not count.
         for old in [other for other in self.committed() if other <= step][:-keep_last]:
@@ -136,13 +146,18 @@ class CheckpointStore:
         """The newest checkpoint that is what its manifest says, and its sha256; None if none was committed.
 
         Raises:
-            DataError: there are checkpoints and all of them are damaged. Starting over is for the user to say.
+            DataError: there are checkpoints and all of them are damaged: starting over is for the user to say. Or
+                the newest whole one is none that this version reads.
+            OSError: it cannot be read now, which says nothing about it.
         """
         problems = []
         for step in reversed(self.committed()):
             try:
-                return self.load(step)
-            except DataError as error:
+                try:
+                    return self.load(step)
+                except Damaged:
+                    return self.load(step)  # once more: perhaps it was read wrongly
+            except Damaged as error:
                 problems.append(str(error))
         if problems:
             raise DataError(
@@ -158,37 +173,43 @@ class CheckpointStore:
             sha256: the digest that it must have (what rank 0 chose); None: its manifest's.
 
         Raises:
-            DataError: says what is wrong with it.
+            Damaged: it is not what was saved.
+            DataError: it is whole, but none that this version reads.
+            OSError: it cannot be read now.
         """
         path, manifest = self._path(step), self.read_manifest(step)
         if not self._manifest(step).exists():
             there = ", ".join(map(str, self.committed())) or "none"
             raise DataError(f"{self.directory}: no checkpoint of step {step}; there are: {there}")
         if not isinstance(manifest.get("sha256"), str):
-            raise DataError(f"{self._manifest(step).name}: unreadable manifest")
+            raise Damaged(f"{self._manifest(step).name}: unreadable manifest")
         expected = sha256 or manifest["sha256"]
         try:
             if path.stat().st_size != manifest.get("size"):
-                raise DataError(f"{path.name}: {path.stat().st_size} bytes, expected {manifest.get('size')}")
+                raise Damaged(f"{path.name}: {path.stat().st_size} bytes, expected {manifest.get('size')}")
             if sha256_of(path) != expected:
-                raise DataError(f"{path.name}: its sha256 is not the manifest's, it is damaged")
+                raise Damaged(f"{path.name}: its sha256 is not the manifest's, it is damaged")
             values = torch.load(path, map_location="cpu", weights_only=True)
         except DataError:
             raise
-        except FileNotFoundError:
-            raise DataError(f"{path.name}: missing") from None
+        except (FileNotFoundError, IsADirectoryError):
+            raise Damaged(f"{path.name}: missing") from None
+        except (OSError, MemoryError):  # of this machine, at this moment
+            raise
         except pickle.UnpicklingError:  # torch's own message says how to load it all the same
-            raise DataError(
+            raise Damaged(
                 f"{path.name}: holds more than tensors and plain values, nothing of it was executed"
             ) from None
         except Exception as error:  # torch.load raises half a dozen types for files that are not its own
-            raise DataError(f"{path.name}: not a checkpoint ({_first_line(error)})") from None
+            if "memory" in str(error):  # torch's allocator raises RuntimeError
+                raise
+            raise Damaged(f"{path.name}: not a checkpoint ({_first_line(error)})") from None
         if not isinstance(values, dict) or set(values) != set(_FIELDS):
             raise DataError(f"{path.name}: not a checkpoint of ddpm_dist")
         if values["format"] != FORMAT:
             raise DataError(f"{path.name}: format {values['format']}, this version reads {FORMAT}")
         if values["step"] != step:
-            raise DataError(f"{path.name}: holds step {values['step']}")
+            raise Damaged(f"{path.name}: holds step {values['step']}")
         return Checkpoint(**values), expected
 
     def sweep(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -49,7 +50,7 @@ def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iter
     Raises:
         OSError: no space, read-only, ...; `path` is untouched then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             yield HashingWriter(cast(BinaryIO, file))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.config import CheckpointConfig
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import Diverged, TakenOver
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
 
 RETRY_SECONDS = 10.0
@@ -33,6 +33,7 @@ class Saver:
         say: called with a line for a person.
 
     Attributes:
+        submitted_step: of the state that was copied last.
         trouble: why the run was asked to stop, if it was.
     """
 
@@ -47,11 +48,22 @@ class Saver:
         self._store, self._config, self._say = store, config, say
         self._before_commit, self._on_commit = before_commit, on_commit
         self.trouble = ""
+        self.submitted_step: int | None = None
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._pending: tuple[Checkpoint, dict[str, Any]] | None = None  # copied, and not committed yet
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._failures, self._last_time = 0, time.monotonic()
+        self._failures, self._last_time, self._postponed = 0, time.monotonic(), False
+
+    def submit_unless_busy(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+        """`submit`, or if a save is under way: have `wants_save` ask for another one as soon as it is over."""
+        if self._busy():
+            self._postponed = True
+        else:
+            self.submit(checkpoint, facts)
+
+    def _busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         """Copy the state and return; the rest happens beside. Waits for a save that is still under way."""
@@ -62,21 +74,24 @@ class Saver:
         }
         if checkpoint.window.is_cuda or any(value.is_cuda for value in checkpoint.model.values()):
             torch.cuda.synchronize()  # the copies into pinned memory
-        self._pending, self._last_time = (Checkpoint(**copied), facts), time.monotonic()
+        self._pending, self.submitted_step = (Checkpoint(**copied), facts), checkpoint.step
+        self._last_time, self._postponed = time.monotonic(), False
         self._thread = threading.Thread(target=self._write, name="saver")
         self._thread.start()
 
     def wants_save(self) -> bool:
-        """Whether checkpoint.every_seconds are over, or a failed save is to be tried again."""
-        if self._thread is not None and self._thread.is_alive():
+        """Whether checkpoint.every_seconds are over, or a save that failed or was postponed is to be tried again."""
+        if self._busy():
             return False
+        if self._postponed:
+            return True
         limit = RETRY_SECONDS if self._error is not None else self._config.every_seconds
         return limit is not None and time.monotonic() - self._last_time >= limit
 
     @property
     def gave_up(self) -> bool:
         """Whether the run should stop: `finish` will say why."""
-        return self._failures >= MAX_FAILURES or isinstance(self._error, UserError)
+        return self._failures >= MAX_FAILURES or isinstance(self._error, Diverged | TakenOver)
 
     def finish(self) -> None:
         """Wait until the last submitted state is committed.
@@ -104,6 +119,7 @@ class Saver:
         try:
             self._before_commit()
             self._store.save(checkpoint, facts)
+            self._store.verify(checkpoint.step)
             self._on_commit(checkpoint.step)
             self._pending, self._error, self._failures = None, None, 0
             self._store.prune(checkpoint.step, self._config.keep_last, self._config.keep_every)

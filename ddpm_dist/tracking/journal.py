@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, fence: Fence = no_fence) -> None:
-        self._fence, self._unwritten = fence, b""
+        self._fence, self._unwritten, self._writing = fence, b"", threading.Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
@@ -39,14 +41,21 @@ class Journal:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
         self._fence()
-        while self._unwritten:  # a full disk takes a part of a line
-            self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+        self._flush()
+
+    def _flush(self) -> None:
+        with self._writing:
+            while self._unwritten:  # a full disk takes a part of a line
+                self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
     def sync(self) -> None:
-        """Make what was appended durable."""
+        """Make what was appended durable. Raises OSError."""
+        self._flush()
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._flush()
         os.close(self._descriptor)
 
 

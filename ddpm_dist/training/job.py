@@ -28,9 +28,9 @@ from ddpm_dist.tracking.journal import Journal, read_metrics
 from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.training.build import build_batches, build_trainer
 from ddpm_dist.training.loop import Loop
-from ddpm_dist.training.precision import Numerics, configure_backends
+from ddpm_dist.training.precision import configure_backends
 from ddpm_dist.training.progress import Progress
-from ddpm_dist.training.start import Start, Starter
+from ddpm_dist.training.start import Start, Starter, numerics_of
 from ddpm_dist.training.trainer import Trainer
 
 
@@ -105,7 +105,10 @@ class Job:
         images = ranks.all_succeed(lambda: datasets.load(config.data))
         target = self.starter.target(len(images))
         checkpoint = ranks.all_succeed(lambda: self.starter.load(start))
-        numerics, contract = ranks.all_succeed(lambda: self.starter.contract(images, target, checkpoint, ranks.device))
+        contract = ranks.on_rank_zero(
+            lambda should_stop: self.starter.contract(images, target, checkpoint, ranks.device)
+        )
+        ranks.all_succeed(lambda: self.starter.check_images(images, contract))
 
         self.attempt = Attempt(
             self.directory,
@@ -118,7 +121,8 @@ class Job:
         )
         step = checkpoint.step if checkpoint else 0
         with self._outputs(step, start) as (journal, progress):
-            loop = self._build(images, numerics, contract, checkpoint, journal, progress)
+            loop = self._build(images, contract, checkpoint, journal, progress)
+            checkpoint = None  # as large as the weights, their average and Adam's moments
             # Loader workers end here: left to the interpreter's exit they would be waited for in vain.
             with contextlib.closing(loop.batches):
                 finished = loop.fit()
@@ -157,7 +161,6 @@ class Job:
     def _build(
         self,
         images: Images,
-        numerics: Numerics,
         contract: dict[str, Any],
         checkpoint: Checkpoint | None,
         journal: Journal | None,
@@ -165,7 +168,7 @@ class Job:
     ) -> Loop:
         config, ranks = self.config, self.ranks
         assert self.attempt is not None
-        self.trainer = build_trainer(config, ranks, numerics, images.shape[0], contract["decay_steps"])
+        self.trainer = build_trainer(config, ranks, numerics_of(contract), images.shape[0], contract["decay_steps"])
         if checkpoint is not None:
             self.trainer.load(checkpoint)
         batches = build_batches(config, ranks, images)
@@ -229,15 +232,30 @@ class Job:
         if is_lost_contact(error):
             code, reason = self.ranks.reported_failure() or (code, str(error))
         self._ended = {"state": "failed", "reason": reason, "exit_code": int(code)}
-        if self.attempt is not None:
-            step = self.trainer.step if self.trainer else (self.attempt.saved_step or 0)
+        self._write_failed(reason, code)
+
+    def _write_failed(self, reason: str, code: int) -> None:
+        """Whoever reads status.json must not find the words of an earlier attempt."""
+        attempt = self.attempt or self._attempt_that_did_not_begin()
+        if attempt is not None:
+            step = self.trainer.step if self.trainer else (attempt.saved_step or 0)
             with contextlib.suppress(OSError, TakenOver):
-                self.attempt.write("failed", step, reason, ExitCode(code))
+                attempt.write("failed", step, reason, ExitCode(code))
+
+    def _attempt_that_did_not_begin(self) -> Attempt | None:
+        """None while the run may be somebody else's."""
+        lease = self.starter.lease
+        if lease is None:
+            return None
+        status = self.directory.read_status()
+        saved, target = status.get("saved_step"), status.get("target", 0)
+        return Attempt(self.directory, lease.number, target, self.ranks.world_size, saved, lease)
 
     def _end_wordless(self, reason: str) -> None:
-        """From the watchdog's thread: the main thread will not come back."""
-        if self.attempt is not None and self.ranks.is_zero:
-            self.attempt.write("failed", self.trainer.step if self.trainer else 0, reason, ExitCode.SOFTWARE)
+        """From the watchdog: the main thread will not come back."""
+        if self.ranks.is_zero:
+            code, reason = self.ranks.reported_failure() or (ExitCode.SOFTWARE, reason)
+            self._write_failed(reason, code)
 
     def release(self) -> None:
         """Let the next attempt in, and say how this one ended."""

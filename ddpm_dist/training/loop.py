@@ -50,7 +50,6 @@ class Loop:
     shipper: ShipperProcess | None
     progress: Progress
     image_shape: tuple[int, int, int]
-    _saved_step: int | None = None
     _journal_fails: bool = False
 
     def fit(self) -> bool:
@@ -60,7 +59,6 @@ class Loop:
             True if the run is finished, False if it was stopped; its last step is saved either way.
         """
         config, trainer = self.trainer.config, self.trainer
-        self._saved_step = trainer.step if trainer.step else None
         self._restart_clock()
         try:
             self._preview_if_due()  # the last attempt may have been stopped while it drew
@@ -75,14 +73,14 @@ class Loop:
                     self._log()
                 if config.train.check_drift_every and trainer.step % config.train.check_drift_every == 0:
                     self._check_drift()
-                if trainer.step % config.checkpoint.every == 0 or trainer.step == self.attempt.target:
+                if trainer.step == self.attempt.target:
+                    self._save_and_wait()
+                elif trainer.step % config.checkpoint.every == 0:
                     self._save()
                 self._preview_if_due()
         except StopRequested:
-            self._save()
-            self._finish_saving()
+            self._save_and_wait()
             return False
-        self._finish_saving()
         return True
 
     def _wish(self) -> Wish:
@@ -155,14 +153,27 @@ class Loop:
             self._journal_fails = True
 
     def _save(self) -> None:
-        """Have a checkpoint of this step written, once; waits for no more than a copy of the state. Collective."""
-        if self._saved_step == self.trainer.step:
-            return
-        self._saved_step = self.trainer.step
+        """Have a checkpoint of this step written; waits for no more than a copy of the state. Collective.
+
+        While the last one is still being written, rank 0 asks for another step to save at: the others, deep in
+        their next collective, must not wait for a slow disk.
+        """
         with self._off_the_clock():
             checkpoint = self.trainer.checkpoint(self.contract)
             if self.saver is not None:
-                self.saver.submit(checkpoint, self._facts())
+                self.saver.submit_unless_busy(checkpoint, self._facts())
+
+    def _save_and_wait(self) -> None:
+        """Until a checkpoint of this step is committed: no rank may leave before. Collective."""
+        checkpoint, saver = self.trainer.checkpoint(self.contract), self.saver
+
+        def save(should_stop: Callable[[], bool]) -> None:
+            assert saver is not None
+            if self.attempt.saved_step != checkpoint.step and saver.submitted_step != checkpoint.step:
+                saver.submit(checkpoint, self._facts())
+            saver.finish()
+
+        self.trainer.ranks.on_rank_zero(save)
 
     def _facts(self) -> dict[str, Any]:
         """What a manifest says beside size and hash."""
@@ -176,11 +187,6 @@ class Loop:
                 "python": platform.python_version(),
             },
         }
-
-    def _finish_saving(self) -> None:
-        """Until the last checkpoint is committed: no rank may leave before. Collective."""
-        saver = self.saver
-        self.trainer.ranks.on_rank_zero(lambda should_stop: saver.finish() if saver is not None else None)
 
     def _preview_if_due(self) -> None:
         """Draw a grid from the average's weights on rank 0. Raises StopRequested if that was cut short."""

@@ -57,10 +57,11 @@ class Starter:
             if self.config.tracking.enabled:
                 choose_uri(self.config, self.directory)  # refused now rather than noticed at the end
             self.directory.create()
-            self._claim(should_stop)
-            if self._is_finished():  # by the attempt that we have just waited for
-                return self._nothing_to_do()
-            return self._look_for_checkpoint(changed)
+        # From here on an error of the file system is no mistake of the user's, and may pass.
+        self._claim(should_stop)
+        if self._is_finished():  # by the attempt that we have just waited for
+            return self._nothing_to_do()
+        return self._look_for_checkpoint(changed)
 
     def _nothing_to_do(self) -> Start:
         status = self.directory.read_status()
@@ -116,11 +117,11 @@ class Starter:
 
     def contract(
         self, images: Images, target: int, checkpoint: Checkpoint | None, device: torch.device
-    ) -> tuple[Numerics, dict[str, Any]]:
-        """What is decided once and binds every attempt.
+    ) -> dict[str, Any]:
+        """What is decided once and binds every attempt; by rank 0 alone, since machines may differ. Plain JSON.
 
         Raises:
-            ConfigError, DataError: this attempt would change it.
+            ConfigError: this attempt would change it.
         """
         decay_steps = None
         if self.config.optim.schedule == "cosine":
@@ -130,15 +131,9 @@ class Starter:
                     f"optim.warmup_steps={self.config.optim.warmup_steps}: "
                     f"must be below the last decay step, {decay_steps}"
                 )
-        derived = {
-            "image_shape": list(images.shape),
-            "num_images": len(images),
-            "images": images.fingerprint,
-            "decay_steps": decay_steps,
-        }
+        derived = {**_facts_of(images), "decay_steps": decay_steps}
         if checkpoint is None:
-            numerics = resolve(self.config.train, device)
-            return numerics, {**derived, **dataclasses.asdict(numerics)}
+            return {**derived, **dataclasses.asdict(resolve(self.config.train, device))}
         contract = checkpoint.contract
         if contract["decay_steps"] != decay_steps:
             raise ConfigError(
@@ -146,11 +141,21 @@ class Starter:
                 f"would move it to {decay_steps}: learning rates already used would have been others; "
                 "only a run that was started with a fixed optim.decay_steps can be prolonged"
             )
-        for name in ("image_shape", "num_images", "images"):
-            if contract[name] != derived[name]:
+        return contract
+
+    def check_images(self, images: Images, contract: dict[str, Any]) -> None:
+        """Raises DataError if this rank's images are not those of the run: on every node they must be the same."""
+        for name, value in _facts_of(images).items():
+            if contract[name] != value:
                 raise DataError(
-                    f"data.root={self.config.data.root}: not the images that this run was trained on "
-                    f"({name}: {contract[name]} -> {derived[name]})"
+                    f"data.root={self.config.data.root}: not the images that this run is trained on "
+                    f"({name}: {contract[name]} -> {value})"
                 )
-        choices = {item.name: contract[item.name] for item in dataclasses.fields(Numerics)}
-        return Numerics(**choices), contract
+
+
+def numerics_of(contract: dict[str, Any]) -> Numerics:
+    return Numerics(**{item.name: contract[item.name] for item in dataclasses.fields(Numerics)})
+
+
+def _facts_of(images: Images) -> dict[str, Any]:
+    return {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}

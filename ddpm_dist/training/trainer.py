@@ -147,7 +147,8 @@ class Trainer:
 
     def _count(self, loss: Tensor, grad_norm: Tensor) -> None:
         applied = torch.isfinite(grad_norm)
-        sums = torch.stack([loss, grad_norm.double(), torch.ones_like(loss)])
+        # A rank's part, so that the sum over ranks weighs every step alike, however many ranks there were.
+        sums = torch.stack([loss, grad_norm.double(), torch.ones_like(loss)]) / self.ranks.world_size
         self._sums += torch.where(applied, sums, 0)
         in_a_row = torch.where(applied, 0, self._skips[1] + 1)
         self._skips[0] += ~applied

@@ -11,6 +11,7 @@ import pickle
 import random
 import resource
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from harness import Job, differences, snapshot
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.errors import DataError, Diverged, ExitCode, TakenOver
 from ddpm_dist.run.checkpoint import FORMAT, Checkpoint, CheckpointStore
-from ddpm_dist.run.files import replacing
+from ddpm_dist.run.files import replacing, sha256_of
 
 
 def trained_state(seed: int, channels: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,12 +178,33 @@ def test_multiples_of_keep_every_stay_for_ever(tmp_path: Path) -> None:
     assert store.committed() == [5, 10, 12, 14]
 
 
-def test_nothing_is_pruned_for_a_checkpoint_that_reads_back_differently(tmp_path: Path) -> None:
+def test_a_checkpoint_that_reads_back_differently_is_noticed(tmp_path: Path) -> None:
     store = store_with(tmp_path, 2, 4, 6)
     flip_a_bit(store)
+    for step in (2, 6):
+        store.verify(step)
     with pytest.raises(DataError, match="reads back differently"):
-        store.prune(4, keep_last=2)
-    assert store.committed() == [2, 4, 6]
+        store.verify(4)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = store_with(tmp_path, 2, 4)
+
+    def failing(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("ddpm_dist.run.checkpoint.sha256_of", failing)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        store.newest_valid()
+
+
+def test_one_wrong_reading_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, answers = store_with(tmp_path, 2, 4), iter(["0" * 64])
+    monkeypatch.setattr("ddpm_dist.run.checkpoint.sha256_of", lambda path: next(answers, None) or sha256_of(path))
+    assert newest(store) == 4
 
 
 def test_damaged_ones_are_set_aside_under_a_name_that_says_so(tmp_path: Path) -> None:
@@ -431,6 +453,8 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path, values: Any)
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(make(4, format=FORMAT + 1), {})
+    with pytest.raises(DataError, match=f"format {FORMAT + 1}"):
+        store.newest_valid()  # falling back behind a newer version's back would throw its steps away
     with pytest.raises(DataError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}"):
         store.load(4)
 
@@ -557,7 +581,7 @@ def test_the_content_is_on_disk_before_its_manifest_is(tmp_path: Path, monkeypat
 
     def noted_fsync(descriptor: int) -> None:
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
-        events.append(f"fsync {name.replace(f'.{os.getpid()}', '')}")
+        events.append(f"fsync {name.replace(f'.{os.getpid()}-{threading.get_ident()}', '')}")
         fsync(descriptor)
 
     def noted_replace(source: Path, target: Path) -> None:
