@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddpm_dist.errors import TakenOver
 from ddpm_dist.run.files import Fence, no_fence
 
 
@@ -40,11 +41,11 @@ class Journal:
         """
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
-        self._fence()
         self._flush()
 
     def _flush(self) -> None:
         with self._writing:
+            self._fence()
             while self._unwritten:  # a full disk takes a part of a line
                 self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
@@ -54,7 +55,7 @@ class Journal:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TakenOver):
             self._flush()
         os.close(self._descriptor)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from ddpm_dist.errors import TakenOver
 from ddpm_dist.tracking.journal import Journal, read_lines, read_metrics
 
 
@@ -115,3 +117,42 @@ def test_figures_that_are_no_finite_numbers_are_null_and_each_line_is_json(tmp_p
     assert list(read_metrics(path)) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 1e-4}]
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
+
+
+def test_who_was_taken_over_appends_nothing_not_even_at_the_end(tmp_path: Path) -> None:
+    path, taken_over = tmp_path / "metrics.jsonl", False
+
+    def fence() -> None:
+        if taken_over:
+            raise TakenOver("by another")
+
+    journal = Journal(path, fence)
+    journal.append({"step": 1})
+    taken_over = True
+    with pytest.raises(TakenOver):
+        journal.append({"step": 2})
+    with pytest.raises(TakenOver):
+        journal.sync()
+    journal.close()
+    assert [record["step"] for record in read_metrics(path)] == [1]
+
+
+def test_a_line_that_a_full_disk_refused_is_written_before_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "metrics.jsonl", os.write
+    journal = Journal(path)
+    room = [5, 0]
+
+    def nearly_full(descriptor: int, data: bytes) -> int:
+        size = room.pop(0) if room else len(data)
+        if not size:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:size])
+
+    monkeypatch.setattr(os, "write", nearly_full)
+    with pytest.raises(OSError, match="No space"):
+        journal.append({"step": 1})
+    journal.append({"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    journal.close()
