@@ -10,8 +10,8 @@ if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
 fi
 if [ -z "${NPROC:-}" ]; then
     gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
-    if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # empty hides all of them
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
     fi
     cores=$(nproc)
     if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=$((cores < 4 ? cores : 4)); fi

@@ -115,6 +115,8 @@ class Ranks:
             os.environ.update(rendezvous_from_slurm())
             os.environ.update(RANK=str(env.rank), WORLD_SIZE=str(env.world_size))
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun --max-restarts keeps its store over the lives of the ranks, stale keys and all.
+        store = dist.PrefixStore(f"life/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         if env.local_world_size < world_size:
             choose_interface(dist.PrefixStore("interface", store), rank, world_size)
         watched = dist.PrefixStore("watchdog", store.clone())
@@ -136,6 +138,7 @@ class Ranks:
         # Several worlds of one are what a wrong launch looks like; training would go on, N times over.
         assert dist.get_world_size() == self.world_size, "the process group has another size than the launcher said"
         self._store = dist.PrefixStore("ddpm_dist", store)
+        self._beats = dist.PrefixStore("watchdog", store)
         # Flags travel on the CPU and in a group of their own, so that they never wait for a GPU.
         self._flags = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
@@ -300,36 +303,43 @@ class Ranks:
         if self.world_size == 1:
             return work()
         name = f"each/{self._solo_count}"
-        value, mine = None, {"failed": 0, "message": ""}
-        try:
-            value = work()
-        except UserError as error:
-            mine = {
-                "failed": error.exit_code,
-                "message": str(error) if self.is_zero else f"{error} (seen by rank {self.rank})",
-            }
-        except Exception as error:
-            words = f"rank {self.rank}: {type(error).__name__}: {error}"
-            self._store.set(f"{name}/{self.rank}", json.dumps({"failed": ExitCode.SOFTWARE, "message": words}))
-            raise
-        self._store.set(f"{name}/{self.rank}", json.dumps(mine))
+        value: T | None = None
 
-        def collect(should_stop: Callable[[], bool]) -> None:
-            names = [f"{name}/{rank}" for rank in range(self.world_size)]
-            deadline = time.monotonic() + self._timeout_seconds
-            while not self._store.check(names):
-                if time.monotonic() > deadline:
-                    raise RankLost(f"some rank has not been heard of for {self._timeout_seconds:g} s")
-                if should_stop():
-                    raise StopRequested
-                time.sleep(POLL_SECONDS)
-            for key in names:
-                outcome = json.loads(self._store.get(key))
+        def work_and_collect(should_stop: Callable[[], bool]) -> None:
+            nonlocal value
+            value = work()
+            for rank in range(1, self.world_size):
+                outcome = json.loads(self._await_from(rank, f"{name}/{rank}", should_stop))
                 if outcome["failed"]:
                     raise _user_error(outcome["failed"], outcome["message"])
 
-        self.on_rank_zero(collect)
+        if not self.is_zero:
+            outcome: dict[str, Any] = {"failed": 0}
+            try:
+                value = work()
+            except UserError as error:
+                outcome = {"failed": error.exit_code, "message": f"{error} (seen by rank {self.rank})"}
+            except Exception as error:
+                message = f"rank {self.rank}: {type(error).__name__}: {error}"
+                self._store.set(f"{name}/{self.rank}", json.dumps({"failed": ExitCode.SOFTWARE, "message": message}))
+                raise
+            self._store.set(f"{name}/{self.rank}", json.dumps(outcome))
+        self.on_rank_zero(work_and_collect)
         return cast(T, value)
+
+    def _await_from(self, rank: int, key: str, should_stop: Callable[[], bool]) -> bytes:
+        """A key that another rank will set, for as long as that rank's heartbeat goes on."""
+        last_beat, last_change = -1, time.monotonic()
+        while not self._store.check([key]):
+            if should_stop():
+                raise StopRequested
+            beat = self._beats.add(f"beat/{rank}", 0)
+            if beat != last_beat:
+                last_beat, last_change = beat, time.monotonic()
+            elif time.monotonic() - last_change > self._timeout_seconds:
+                raise RankLost(f"rank {rank} has been silent for {self._timeout_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        return self._store.get(key)
 
     def fail_together(self, error: UserError) -> NoReturn:
         """Leave for a reason that every rank has found by itself; rank 0 says it. Collective."""

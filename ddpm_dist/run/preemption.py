@@ -12,7 +12,7 @@ from types import FrameType
 
 from ddpm_dist.errors import ExitCode
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
 LAUNCHER_GONE_SECONDS = 4.5  # for the save, when nobody is left who would end us
 

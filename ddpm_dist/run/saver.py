@@ -56,8 +56,9 @@ class Saver:
         self._failures, self._last_time, self._postponed = 0, time.monotonic(), False
 
     def submit_unless_busy(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """`submit`, or if a save is under way: have `wants_save` ask for another one as soon as it is over."""
-        if self._busy():
+        """`submit`; or if a save is under way, or has just failed, have `wants_save` ask again in time."""
+        failed_just_now = self._error is not None and time.monotonic() - self._last_time < RETRY_SECONDS
+        if self._busy() or failed_just_now:
             self._postponed = True
         else:
             self.submit(checkpoint, facts)
@@ -83,7 +84,7 @@ class Saver:
         """Whether checkpoint.every_seconds are over, or a save that failed or was postponed is to be tried again."""
         if self._busy():
             return False
-        if self._postponed:
+        if self._postponed and self._error is None:
             return True
         limit = RETRY_SECONDS if self._error is not None else self._config.every_seconds
         return limit is not None and time.monotonic() - self._last_time >= limit

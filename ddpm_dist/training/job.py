@@ -203,8 +203,10 @@ class Job:
         trouble = self.saver.trouble if self.saver else ""
         reason = "target reached" if finished else f"stopped: {trouble}" if trouble else f"stopped by {signal}"
         if finished:
-            with contextlib.suppress(OSError):  # a picture is no reason to fail a run that is safe on disk
+            try:
                 save_curves(read_metrics(self.directory.metrics_file), self.directory.path / "curves.png")
+            except Exception as error:  # a picture is no reason to fail a run that is safe on disk
+                print(f"warning: curves.png was not drawn ({type(error).__name__}: {error})", flush=True)
         self.attempt.write("finished" if finished else "preempted", step, reason, code)
         self._ended = {"state": "finished" if finished else "preempted", "reason": reason, "exit_code": int(code)}
         print(f"{self.directory.path}: {reason} at step {step}", flush=True)

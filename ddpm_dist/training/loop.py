@@ -51,6 +51,7 @@ class Loop:
     progress: Progress
     image_shape: tuple[int, int, int]
     _journal_fails: bool = False
+    _asked_to_save: bool = False
 
     def fit(self) -> bool:
         """Train to the target, or until any rank is asked to stop. Collective.
@@ -89,7 +90,10 @@ class Loop:
             return Wish.NONE
         if self.saver.gave_up:
             return Wish.STOP
-        return Wish.SAVE if self.saver.wants_save() else Wish.NONE
+        if self._asked_to_save or not self.saver.wants_save():
+            return Wish.NONE
+        self._asked_to_save = True  # the answer comes a step later: asking again meanwhile would save twice
+        return Wish.SAVE
 
     def _log(self) -> None:
         trainer, step = self.trainer, self.trainer.step
@@ -158,6 +162,7 @@ class Loop:
         While the last one is still being written, rank 0 asks for another step to save at: the others, deep in
         their next collective, must not wait for a slow disk.
         """
+        self._asked_to_save = False
         with self._off_the_clock():
             checkpoint = self.trainer.checkpoint(self.contract)
             if self.saver is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_dist.config import Config, from_flat
+from ddpm_dist.config import Config, changes, from_flat, to_flat
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
@@ -30,6 +30,7 @@ class Start:
     sha256: str | None
     changed: list[str]
     without_progress: int = 0
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Starter:
@@ -107,10 +108,19 @@ class Starter:
         self.directory.sweep()
         self.lease.note(start_step=step, step=step)
         sha256 = found[1] if found else None
-        return Start(False, self.lease.number, step if found else None, sha256, changed, without_progress)
+        saved_step = step if found else None
+        return Start(False, self.lease.number, saved_step, sha256, changed, without_progress, to_flat(self.config))
 
     def load(self, start: Start) -> Checkpoint | None:
-        """Exactly the checkpoint that rank 0 chose, by step and hash."""
+        """Exactly the checkpoint that rank 0 chose, by step and hash.
+
+        Raises:
+            ConfigError: this rank was given another config than rank 0: each node reads its own files.
+            DataError: this rank does not find that checkpoint.
+        """
+        refused, free = changes(from_flat(start.config), self.config)
+        if refused or free:
+            raise ConfigError(f"not all ranks were given the same config: {'; '.join(refused + free)}")
         if start.saved_step is None:
             return None
         return self.store.load(start.saved_step, start.sha256)[0]

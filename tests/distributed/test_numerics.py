@@ -119,3 +119,16 @@ def test_sound_ranks_pass_the_check_and_it_changes_nothing(tmp_path: Path) -> No
     plain = train(2, tmp_path, *RUN, name="plain")
     checked = train(2, tmp_path, *RUN, "train.check_drift_every=1", name="checked")
     assert differences(final_state(plain)["model"], final_state(checked)["model"]) == []
+
+
+def another_lr_on_rank_1(argv: Sequence[str]) -> int:
+    return call_train([*argv, "optim.lr=1e-3", "train.log_every=3"] if os.environ["RANK"] == "1" else argv)
+
+
+def test_ranks_that_were_given_different_configs_do_not_train(tmp_path: Path) -> None:
+    with start(2, tmp_path, *RUN, function=another_lr_on_rank_1) as job:
+        assert job.wait(60) == [78, 78], job.output()
+        (line,) = (line for line in job.output().splitlines() if line.startswith("error: "))
+    assert "optim.lr: 0.0002 -> 0.001" in line
+    assert "train.log_every: 2 -> 3" in line
+    assert "rank 1" in line

@@ -87,3 +87,22 @@ def test_error_in_the_config_is_said_once(tmp_path: Path) -> None:
     lines = [line for line in output.splitlines() if line.startswith("error:")]
     assert lines == ["error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?"]
     assert "exitcode  : 78" in output
+
+
+def test_max_restarts_of_torchrun_goes_on_at_the_checkpoint(tmp_path: Path) -> None:
+    """torchrun's store outlives the killed ranks, with all that they wrote into it."""
+    run, options = tmp_path / "run", ("train.max_steps=400", "checkpoint.every=10")
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    argv += ["-m", "ddpm_dist.train", *TINY, f"run.root={tmp_path}", "run.name=run", *options]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_attempt(process, run, attempt=1, lines=25)
+        os.kill(status(run)["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert (status(run)["state"], status(run)["attempt"]) == ("finished", 2)
+    assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) > 10
+    assert state_differences(train(2, tmp_path, *options, name="undisturbed"), run) == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,29 @@ def test_checkpoints_on_a_read_only_file_system_end_the_run_with_that_reason(dis
     assert committed(run)
     train(1, disk, *RUN, "train.max_steps=600", function=call_train_hastily)
     assert state_differences(undisturbed, run) == []
+
+
+def call_train_on_a_slow_disk(argv: Sequence[str]) -> int:
+    """Each save takes 7 s, far longer than ranks wait for each other here."""
+    from ddpm_dist.run.checkpoint import CheckpointStore
+
+    verify = CheckpointStore.verify
+
+    def slow(self: CheckpointStore, step: int) -> None:
+        time.sleep(7)
+        verify(self, step)
+
+    CheckpointStore.verify = slow  # type: ignore[method-assign]
+    return call_train_hastily(argv)
+
+
+def test_a_slow_disk_stalls_nobody_and_a_stop_signal_waits_for_its_save(tmp_path: Path) -> None:
+    run, options = tmp_path / "run", ("checkpoint.every=10", "train.max_steps=100000", "distributed.timeout_seconds=3")
+    with start(2, tmp_path, *options, function=call_train_on_a_slow_disk) as job:
+        wait_for_step(job, run, 60, attempt=1)
+        job.signal(1, signal.SIGTERM)
+        assert job.wait(60) == [75, 75], job.output()
+    ended = status(run)
+    assert (ended["state"], ended["step"]) == ("preempted", metrics(run)[-1]["step"])
+    assert committed(run)[-1] == ended["step"]
+    assert len(committed(run)) <= 3, "saves were postponed while one was under way"

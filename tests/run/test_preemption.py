@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,8 +82,13 @@ def wait_for(condition: Callable[[], bool], timeout: float = 20) -> bool:
     return True
 
 
-def test_the_five_signals_of_schedulers_terminals_and_launchers_are_handled() -> None:
-    assert set(SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+def test_the_signals_of_schedulers_terminals_and_launchers_are_handled() -> None:
+    """All that launch/torchrun.sh and slurm/train.sbatch have the launcher pass on, and no fewer."""
+    assert {number.name for number in SIGNALS} == {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT"}
+    for script in ("launch/torchrun.sh", "slurm/train.sbatch"):
+        passed_on = re.search(r"PET_SIGNALS_TO_HANDLE:-([A-Z0-9,]+)", (ROOT / script).read_text())
+        assert passed_on
+        assert set(passed_on[1].split(",")) == {number.name for number in SIGNALS}
 
 
 @pytest.mark.parametrize("number", SIGNALS)
