@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import Job, call_train_hastily, committed, metrics, start, state_differences, status
 
-RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2", "distributed.timeout_seconds=20")
+RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2", "distributed.timeout_seconds=6")
 
 
 @dataclass

@@ -242,8 +242,12 @@ class Ranks:
         except UserError as error:
             outcome = {"failed": error.exit_code}
             raise
+        except RankLost:
+            outcome["lost"] = True
+            raise
         finally:
-            self.failure_is_shared = "failed" in outcome
+            # Who is lost will not come to leave together with the others.
+            self.failure_is_shared = "failed" in outcome and "lost" not in outcome
             self._store.set(f"{name}/outcome", json.dumps(outcome))
         return value
 
@@ -286,7 +290,7 @@ class Ranks:
         if "stopped" in outcome:
             raise StopRequested
         if "failed" in outcome:
-            self.failure_is_shared = True
+            self.failure_is_shared = "lost" not in outcome
             raise RankZeroFailed(outcome["failed"])
         return outcome["value"]
 

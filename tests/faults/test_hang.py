@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from harness import Job, committed, start, status, wait_for_step
+from harness import Job, call_train, committed, start, status, wait_for_step
 
 TIMEOUT = 4.0
 LONG = ("train.max_steps=100000", "train.log_every=1", "checkpoint.every=5", f"distributed.timeout_seconds={TIMEOUT}")
@@ -57,3 +59,21 @@ def test_a_stop_signal_ends_a_rank_that_waits_for_one_that_hangs(tmp_path: Path)
         assert job.processes[0].exitcode == 70
         assert "of a stop signal; silent: rank 1" in job.output()
     assert status(tmp_path / "run")["state"] == "failed"
+
+
+def call_train_dying_at_its_data(argv: Sequence[str]) -> int:
+    """Rank 1 is killed while it loads the images: no collective of torch's is under way."""
+    from ddpm_dist.data import datasets
+
+    if os.environ["RANK"] == "1":
+        datasets.load = lambda data: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    return call_train(argv)
+
+
+def test_a_rank_that_dies_before_the_first_step_is_named_and_not_waited_for_twice(tmp_path: Path) -> None:
+    with start(4, tmp_path, *LONG, function=call_train_dying_at_its_data) as job:
+        for rank in (0, 2, 3):
+            wait_for_rank(job, rank, TIMEOUT + 10)
+            assert job.processes[rank].exitcode == 70, job.output()
+        assert "rank 1 has been silent" in job.output()
+    assert status(tmp_path / "run")["exit_code"] == 70
