@@ -31,6 +31,7 @@ check: install
 bench: install
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.tracking
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

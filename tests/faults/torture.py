@@ -6,7 +6,9 @@ PYTHONPATH=tests python tests/faults/torture.py [--kills 200] [--seed N] [--only
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 import tracking_campaign
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
-from harness import call_train_hastily, start, state_differences, train
+from harness import Job, call_train_hastily, metrics, start, state_differences, train
 
 from ddpm_dist.errors import DataError
 from ddpm_dist.run.checkpoint import CheckpointStore
@@ -98,12 +100,57 @@ def signals_in_saves(root: Path, count: int, seed: int) -> str:
             break
         stops += 1
         assert not list(run.rglob("*.tmp")), "a clean stop leaves no temporary files"
-    from harness import metrics
-
     steps = [record["step"] for record in metrics(run)]
     assert steps == list(range(1, 1501)), "no step was trained twice, so none was lost"
     assert state_differences(undisturbed, run) == []
     return f"{stops} stops: 0 steps lost, bitwise equal; slowest stop {worst:.1f} s"
+
+
+def launcher_kills(root: Path, count: int, seed: int) -> str:
+    """The real torchrun, killed with -9: its workers must be gone within 5 s, and the run go on."""
+    options = (*RUN, "train.max_steps=4000")
+    undisturbed = train(2, root, *options, name="undisturbed", timeout=900)
+    run, draw, slowest_end, slowest_return = root / "run", random.Random(seed), 0.0, 0.0
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    argv = [str(script), *Job.argv(root, *options, name="run")]
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
+    for attempt in range(1, 12):
+        with (root / "torchrun.log").open("ab") as log:
+            begun, before = time.monotonic(), len(metrics(run))
+            agent = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while len(metrics(run)) == before and agent.poll() is None:
+                time.sleep(0.02)
+            slowest_return = max(slowest_return, time.monotonic() - begun)
+            if attempt == 11:
+                assert agent.wait(300) == 0, (root / "torchrun.log").read_text()[-2000:]
+                break
+            time.sleep(draw.uniform(0, 2))
+            workers = [path.parent for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == agent.pid]
+            assert len(workers) == 2
+            agent.kill()
+            killed = time.monotonic()
+            agent.wait(30)
+            while any(worker.exists() for worker in workers):
+                assert time.monotonic() - killed < 30, "workers outlive their launcher"
+                time.sleep(0.02)
+            slowest_end = max(slowest_end, time.monotonic() - killed)
+        finally:
+            agent.kill()
+            agent.wait(30)
+    assert state_differences(undisturbed, run) == []
+    assert slowest_end < 5, f"workers lived on for {slowest_end:.1f} s"
+    return (
+        f"10 launchers killed: bitwise equal; last worker gone after {slowest_end:.1f} s at worst, "
+        f"start of torchrun to first new step {slowest_return:.1f} s at worst"
+    )
+
+
+def _parent(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 CAMPAIGNS: dict[str, Callable[[Path, int, int], str]] = {
@@ -111,6 +158,7 @@ CAMPAIGNS: dict[str, Callable[[Path, int, int], str]] = {
     "damage end to end": damage_end_to_end,
     "crash points": all_crash_points,
     "stop signals": signals_in_saves,
+    "launcher kills": launcher_kills,
     "random kills": kills,
     "MLflow, sqlite": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=False),
     "MLflow, server": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=True),

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -577,6 +578,48 @@ def test_a_line_without_its_time_is_passed_over(root: Path, finished: Path) -> N
     assert [step for step, _ in points(database(root), the_run(database(root), "odd").info.run_id)["loss"]] == [
         *range(1, 21)
     ]
+
+
+ANSWERS = {
+    "500": b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n",
+    "429": b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 900\r\nContent-Length: 0\r\n\r\n",
+    "garbage": b"\x00\xff\x00 neither HTTP nor anything",
+    "wrong": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 13\r\n\r\n<html>a proxy",
+    "reset": b"",
+}
+
+
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[int]:
+    """A server that says the same to everybody and hangs up. Its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_server_that_answers_nonsense_costs_seconds_and_no_point(
+    root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    shipping.prepare_client()
+    with answering(ANSWERS[kind]) as port:
+        directory = make_run(root, f"nonsense-{kind}", f"tracking.uri=http://127.0.0.1:{port}")
+        begun = time.monotonic()
+        with pytest.raises(NotDelivered):
+            Shipper(directory).ship("running")
+        assert time.monotonic() - begun < 20
+    make_run(root, f"nonsense-{kind}", f"tracking.uri={database(root)}", steps=0)
+    Shipper(directory).ship("finished")
+    assert_delivered(database(root), f"nonsense-{kind}", directory.path)
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
