@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ddpm_dist.errors import DataError, Diverged
-from ddpm_dist.run.files import TEMPORARY, Fence, no_fence, read_json, replacing, sha256_of, write_json
+from ddpm_dist.run.files import TEMPORARY, Fence, naming, no_fence, read_json, replacing, sha256_of, write_json
 
 FORMAT = 1
 SLACK_BYTES = 1_000_000  # names, numbers and the zip's own; leaves room for the small files too
@@ -84,9 +84,10 @@ class CheckpointStore:
                 torch.save({name: getattr(checkpoint, name) for name in _FIELDS}, cast(BinaryIO, file))
         except RuntimeError as error:
             # torch wraps the file system's error in one about its zip writer.
-            if isinstance(error.__context__, OSError):
+            if not isinstance(error.__context__, OSError):
+                raise
+            with naming(path):
                 raise error.__context__ from None
-            raise
         manifest = {"step": checkpoint.step, "size": file.size, "sha256": file.hexdigest(), **facts}
         write_json(path.with_suffix(".json"), manifest, self._fence)
         return path

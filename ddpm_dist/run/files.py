@@ -19,6 +19,17 @@ def no_fence() -> None:
     """For files that anybody may write."""
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system calls on an open file (write, fsync) do not say which file: put its name in."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 class HashingWriter:
     """A binary file that hashes what is written to it (sha256), so that it need not be read again."""
 
@@ -52,7 +63,7 @@ def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iter
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield HashingWriter(cast(BinaryIO, file))
             file.flush()
             if durable:

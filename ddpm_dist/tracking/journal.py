@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_dist.errors import TakenOver
-from ddpm_dist.run.files import Fence, no_fence
+from ddpm_dist.run.files import Fence, naming, no_fence
 
 
 class Journal:
@@ -27,11 +27,11 @@ class Journal:
     """
 
     def __init__(self, path: Path, fence: Fence = no_fence) -> None:
-        self._fence, self._unwritten, self._writing = fence, b"", threading.Lock()
+        self._path, self._fence, self._lock = path, fence, threading.Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")  # ends a torn line, so that ours starts afresh
+        torn = size and os.pread(self._descriptor, 1, size - 1) != b"\n"
+        self._unwritten = b"\n" if torn else b""  # so that our first line starts afresh
 
     def append(self, record: dict[str, float]) -> None:
         """A figure that is no finite number is written as null: JSON has no NaN.
@@ -40,23 +40,25 @@ class Journal:
             OSError: the disk is full or broken; the line is kept, and written before the next one.
         """
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._unwritten += (json.dumps(finite) + "\n").encode()
-        self._flush()
+        self._write((json.dumps(finite) + "\n").encode())
 
-    def _flush(self) -> None:
-        with self._writing:
+    def _write(self, line: bytes = b"") -> None:
+        """The loop appends while the saver's thread syncs: one at a time, or what either has written is lost."""
+        with self._lock, naming(self._path):
+            self._unwritten += line
             self._fence()
             while self._unwritten:  # a full disk takes a part of a line
                 self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
     def sync(self) -> None:
         """Make what was appended durable. Raises OSError."""
-        self._flush()
-        os.fsync(self._descriptor)
+        self._write()
+        with naming(self._path):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         with contextlib.suppress(OSError, TakenOver):
-            self._flush()
+            self._write()
         os.close(self._descriptor)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -151,8 +153,36 @@ def test_a_line_that_a_full_disk_refused_is_written_before_the_next_one(
         return write(descriptor, data[:size])
 
     monkeypatch.setattr(os, "write", nearly_full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*metrics\.jsonl"):
         journal.append({"step": 1})
     journal.append({"step": 2})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     journal.close()
+
+
+def test_a_line_appended_while_another_thread_syncs_is_neither_lost_nor_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "metrics.jsonl", os.write
+    journal = Journal(path)
+    full, syncs = threading.Event(), threading.Event()
+
+    def slow(descriptor: int, data: bytes) -> int:
+        if full.is_set():
+            raise OSError(28, "No space left on device")
+        syncs.set()
+        time.sleep(0.2)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    full.set()
+    with pytest.raises(OSError, match="No space"):
+        journal.append({"step": 1})
+    full.clear()
+    saver = threading.Thread(target=journal.sync)
+    saver.start()
+    assert syncs.wait(10)
+    journal.append({"step": 2})
+    saver.join()
+    journal.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
