@@ -7,20 +7,15 @@ log file, and the real `ddpm_dist.train.main`. Nothing of the trainer is faked.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ddpm_dist.training.job", "torch._dynamo", "matplotlib.figure"])
+from ddpm_dist.parallel.local import LocalRanks
 
 TINY = (
     "data.name=mnist5k",
@@ -35,12 +30,6 @@ TINY = (
     "tracking.enabled=false",
 )
 """A run that trains dozens of steps a second."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def call_train(argv: Sequence[str]) -> int:
@@ -58,82 +47,37 @@ def call_train_hastily(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
-def _rank_main(environment: dict[str, str], log: str, function: Callable[..., int], args: tuple[Any, ...]) -> None:
+def _as_launched(world_size: int, function: Callable[..., int], args: Sequence[Any]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    code = 1
-    try:
-        code = function(*args)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if world_size == 1:  # without any launcher
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    return function(*args)
 
 
-class Job:
-    """Ranks that were started; a context manager that leaves none behind."""
+class Job(LocalRanks):
+    """Ranks of the train command, or of whatever function a test brings."""
 
     def __init__(self, world_size: int, log: Path, function: Callable[..., int], args: tuple[Any, ...]) -> None:
-        self.log = log
-        port = free_port()
-        self.processes = []
-        for rank in range(world_size):
-            environment = {"OMP_NUM_THREADS": "1"}
-            if world_size > 1:
-                environment |= {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }
-            process = _CONTEXT.Process(target=_rank_main, args=(environment, str(log), function, args))
-            process.start()
-            self.processes.append(process)
+        preload = ["ddpm_dist.training.job", "torch._dynamo", "matplotlib.figure"]
+        super().__init__(world_size, log, _as_launched, (world_size, function, args), preload)
 
     @staticmethod
     def argv(root: Path, *overrides: str, name: str) -> list[str]:
         root.mkdir(parents=True, exist_ok=True)
         return [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
 
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL to every rank, at once."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join(30)
-
     def signal(self, rank: int, number: signal.Signals) -> None:
         pid = self.processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
 
-    def alive(self) -> bool:
-        return any(process.is_alive() for process in self.processes)
-
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit codes of all ranks."""
-        deadline = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
+        """Exit codes of all ranks, which must end within the time."""
+        codes = self.exit_codes(timeout)
         assert None not in codes, f"not ended after {timeout} s: {codes}\n{self.output()}"
         return codes
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 def start(

@@ -184,7 +184,7 @@ def test_answer_that_is_not_http_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_server_that_is_not_there_is_refused(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness import free_port
+    from ddpm_dist.parallel.local import free_port
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{free_port()}/"])
     assert_refused(tmp_path)

@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import TINY, free_port
+from harness import TINY
 
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.parallel.local import free_port
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.process import ShipperProcess

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import TINY, Job, call_train, free_port, metrics, start, status, wait_for_step
+from harness import TINY, Job, call_train, metrics, start, status, wait_for_step
 
 from ddpm_dist.config import Config, load_config, to_flat
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.parallel.local import free_port
 from ddpm_dist.run import lease as leases
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.lease import claim

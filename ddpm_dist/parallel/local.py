@@ -1,0 +1,97 @@
+"""Ranks on this machine, started, killed and waited for from Python: what `verify` rehearses accidents with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+# A server that has imported torch once; ranks are forks of it, and start in a fraction of a second.
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class LocalRanks:
+    """Processes with torchrun's variables that call one function each; a context manager leaves none behind.
+
+    Args:
+        world_size: how many.
+        log: where all that they print is appended.
+        function: importable; called with `args`, returns an exit code.
+        preload: modules that the fork server imports at its first use.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        log: Path,
+        function: Callable[..., int],
+        args: Sequence[Any],
+        preload: Sequence[str] = (),
+    ) -> None:
+        self.log = log
+        _CONTEXT.set_forkserver_preload(list(preload))
+        shared: dict[str, object] = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        self.processes = []
+        for rank in range(world_size):
+            variables = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            process = _CONTEXT.Process(target=_rank_main, args=(variables, log, function, args))
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to one rank, or to all at once, like a node that dies."""
+        victims = self.processes if rank is None else [self.processes[rank]]
+        for process in victims:
+            process.kill()
+        for process in victims:
+            process.join(30)
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def exit_codes(self, timeout_seconds: float) -> list[int | None]:
+        """By rank; None for who has not ended by then, -9 for who was killed."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def output(self) -> str:
+        """What all ranks have printed so far, and those who appended to the same log before."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _rank_main(variables: dict[str, str], log: Path, function: Callable[..., int], args: Sequence[Any]) -> None:
+    os.environ.update(variables)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    code = 1
+    try:
+        code = function(*args)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
