@@ -5,6 +5,7 @@ In short form in the tests of this folder; `make torture` runs the long one. Eve
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import random
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Job, call_train_hastily, committed, metrics, start, state_differences, status
+from harness import Job, call_train, call_train_hastily, committed, metrics, start, state_differences, status, train
+from nets import call_train_attentive
 
 RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2", "distributed.timeout_seconds=6")
 
@@ -28,7 +30,7 @@ class Outcome:
         attempts: how often the run was started.
         kills: how often it was killed before its end.
         differences: where the end differs from the undisturbed run's; empty is right.
-        resumed: steps at which attempts began, from the second on.
+        resumed: the checkpoints at which attempts began that came as far as a step.
         slowest_return: seconds from the start of an attempt to its first new step, at worst.
     """
 
@@ -46,10 +48,12 @@ def random_kills(root: Path, undisturbed: Path, seed: int, kills: int, steps: in
     while status_of(run).get("state") != "finished":
         attempts += 1
         assert attempts <= kills + 3, f"seed {seed}: no end in sight after {attempts} attempts"
+        before, newest = len(metrics(run)), max(committed(run), default=0)
         with start(world_size, root, *RUN, f"train.max_steps={steps}", function=call_train_hastily) as job:
             begun = time.monotonic()
-            before = len(metrics(run))
-            if done < kills and not wait_or_ended(job, draw.uniform(0.05, 1.6) if attempts > 1 else 2.0):
+            while not committed(run) and job.alive():  # however slow the machine, there is something to lose
+                time.sleep(0.01)
+            if done < kills and not wait_or_ended(job, draw.uniform(0.05, 1.6)):
                 done += 1
                 kill(job, draw.choice(["all", *range(world_size)]))
             else:
@@ -58,7 +62,9 @@ def random_kills(root: Path, undisturbed: Path, seed: int, kills: int, steps: in
                 slowest = max(slowest, time.monotonic() - begun)
                 assert job.wait(300) == [0] * world_size, f"seed {seed}\n{job.output()}"
         assert status_of(run).get("attempt", 0) <= attempts
-    resumed = [step for attempt in range(2, attempts + 1) if (step := first_step(run, attempt)) is not None]
+        for line in metrics(run)[before:][:1]:
+            assert line["step"] == newest + 1, f"seed {seed}: attempt {attempts} did not begin at its checkpoint"
+            resumed.append(newest)
     return Outcome(attempts, done, state_differences(undisturbed, run), resumed, slowest)
 
 
@@ -88,10 +94,6 @@ def wait_or_ended(job: Job, seconds: float) -> bool:
 
 def status_of(run: Path) -> dict[str, Any]:
     return status(run) if (run / "status.json").exists() else {}
-
-
-def first_step(run: Path, attempt: int) -> int | None:
-    return min((record["step"] for record in metrics(run) if record["attempt"] == attempt), default=None)
 
 
 # Every call that changes what is on disk is a crash point: a process of ours dies right before its k-th.
@@ -155,6 +157,29 @@ def crash_points(root: Path, undisturbed: Path, numbers: Sequence[int], steps: i
 
 
 # Damage
+
+
+LAYOUTS = [
+    {"net": net, "precision": precision, "channels_last": nhwc, "flip": flip, "grad_clip": clip}
+    for net, precision, nhwc, flip, clip in itertools.product(
+        ("reference", "attention and dropout"), ("fp32", "bf16"), ("true", "false"), ("true", "false"), ("null", "0.5")
+    )
+]
+"""What must not keep a run from ending alike on 1, 2, 4 and 8 ranks; one rank accumulates over eight shards."""
+
+
+def end_on_each_world(root: Path, layout: dict[str, str], steps: int) -> list[Path]:
+    """Run directories of the same run on 1, 2, 4 and 8 ranks, of 8 shards, on real MNIST, with 16 channels."""
+    attentive = layout["net"] != "reference"
+    options = (
+        *("elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16", "model.channels=16"),
+        *(f"train.max_steps={steps}", "ema.decay=0.99", "train.log_every=10"),
+        *(f"train.precision={layout['precision']}", f"train.channels_last={layout['channels_last']}"),
+        *(f"data.flip={layout['flip']}", f"optim.grad_clip={layout['grad_clip']}"),
+        *(["model.dropout=0.1"] if attentive else []),
+    )
+    function = call_train_attentive if attentive else call_train
+    return [train(size, root, *options, name=f"w{size}", function=function, timeout=300) for size in (1, 2, 4, 8)]
 
 
 def flip_a_bit(path: Path, draw: random.Random) -> None:

@@ -75,3 +75,11 @@ def test_compiled_channels_last_learns(tmp_path: Path, world_size: int) -> None:
     losses = [record["loss"] for record in metrics(run)]
     assert losses[-1] < 0.5 * losses[0]
     assert not any("_orig_mod" in name or "module." in name for name in final_state(run)["model"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants 2 GPU(s)")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_bitwise_mode_ends_alike_on_one_gpu_and_two(tmp_path: Path, precision: str) -> None:
+    options = (*ON_CUDA, "elastic.mode=bitwise", f"train.precision={precision}", "optim.grad_clip=0.5")
+    one, two = (train(size, tmp_path, *options, name=f"w{size}") for size in (1, 2))
+    assert state_differences(one, two) == []

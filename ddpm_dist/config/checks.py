@@ -26,8 +26,11 @@ def check_together(config: Config) -> None:
             f"data.batch_size={data.batch_size}: must be a multiple of elastic.shards={shards}; "
             f"valid nearby: {', '.join(map(str, near))}"
         )
-    if config.elastic.mode == "bitwise":
-        raise ConfigError("elastic.mode=bitwise: not in this version; valid: stream")
+    if config.elastic.mode == "bitwise" and config.train.micro_batch_size is not None:
+        raise ConfigError(
+            f"train.micro_batch_size={config.train.micro_batch_size}: must be null with elastic.mode=bitwise, where "
+            f"each forward is one shard, here of {data.batch_size // shards} images; more elastic.shards are smaller"
+        )
     if data.name != "folder" and data.image_size is not None:
         raise ConfigError(f"data.image_size={data.image_size}: only for data.name=folder; valid here: null")
     if data.name == "folder" and (data.image_size is None or data.image_size % 4):
@@ -58,12 +61,14 @@ def check_world_size(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: lists the world sizes or micro-batch sizes that would be valid.
     """
-    shards = config.elastic.shards
-    if shards % world_size:
-        valid = [str(n) for n in range(1, shards + 1) if shards % n == 0]
+    shards, bitwise = config.elastic.shards, config.elastic.mode == "bitwise"
+    valid_sizes = [n for n in range(1, shards + 1) if shards % n == 0 and not (bitwise and n & (n - 1))]
+    if world_size not in valid_sizes:
+        sizes = ", ".join(map(str, valid_sizes))
+        how = "in a binary tree (elastic.mode=bitwise)" if bitwise else "evenly"
         raise ConfigError(
-            f"{world_size} ranks cannot share elastic.shards={shards} evenly; valid numbers of ranks: "
-            f"{', '.join(valid)} (set elastic.shards to the largest number you plan, before the run starts)"
+            f"{world_size} ranks cannot share elastic.shards={shards} {how}; valid numbers of ranks: "
+            f"{sizes} (set elastic.shards to the largest number you plan, before the run starts)"
         )
     per_rank, micro = config.data.batch_size // world_size, config.train.micro_batch_size
     if micro is not None and micro < per_rank and per_rank % micro:

@@ -100,7 +100,7 @@ class TrainConfig:
     compile: Auto = key("auto", "torch.compile (auto: off)")
     channels_last: Auto = key("auto", "NHWC memory format (auto: on for fp32 on CPUs)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda if there is one", free=True)
-    threads: int | None = key(None, "CPU threads per rank (null: the cores this rank has)", minimum=1, free=True)
+    threads: int | None = key(None, "CPU threads per rank (null: its cores; 1 in bitwise mode)", minimum=1, free=True)
     check_drift_every: int | None = key(None, "steps between checks that ranks agree to the bit", minimum=1, free=True)
     max_skipped: int = key(50, "updates in a row with NaN or inf gradients that end the run (76)", minimum=1, free=True)
     log_every: int = key(10, "steps between lines of metrics.jsonl", minimum=1, free=True)
@@ -125,8 +125,17 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class ElasticConfig:
-    mode: Literal["stream", "bitwise"] = key("stream", "stream: any number of ranks sees the same data and noise")
+    mode: Literal["stream", "bitwise"] = key(
+        "stream", "stream: any number of ranks sees the same data and noise; bitwise: and computes the same bits"
+    )
     shards: int = key(8, "logical shards of a batch; the number of ranks must divide it", minimum=1)
+    on_mismatch: Literal["auto", "warn", "fail"] = key(
+        "auto", "where a resume would round otherwise (auto: warn in stream, fail in bitwise)", free=True
+    )
+
+    @property
+    def fails_on_mismatch(self) -> bool:
+        return self.on_mismatch == "fail" or (self.on_mismatch == "auto" and self.mode == "bitwise")
 
 
 @dataclass(frozen=True)

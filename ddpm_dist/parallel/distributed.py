@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -125,13 +124,14 @@ class Ranks:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
+        # NCCL aborts the process: our watchdog, which leaves word, comes first.
+        self._group_timeout = timeout + timedelta(seconds=60) if cuda else timeout
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=store,
             rank=rank,
             world_size=world_size,
-            # NCCL aborts the process: our watchdog, which leaves word, comes first.
-            timeout=timeout + timedelta(seconds=60) if cuda else timeout,
+            timeout=self._group_timeout,
             device_id=self.device if cuda else None,
         )
         self.watchdog.disarm()
@@ -157,10 +157,23 @@ class Ranks:
             gradient_as_bucket_view=True,
         )
 
-    @staticmethod
-    def no_sync(module: nn.Module) -> AbstractContextManager[None]:
-        """Backward passes inside keep their gradients to this rank, for all micro-batches but the last."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+    def partners_by_bit(self) -> list[dist.ProcessGroup]:
+        """For each bit of a rank's number, lowest first: the group of the two ranks that differ in it. Collective.
+
+        For a power of two of ranks.
+        """
+        if self.world_size == 2:
+            return [cast(dist.ProcessGroup, dist.group.WORLD)]
+        if self.watchdog is not None:
+            self.watchdog.arm()  # gloo's own connecting knows no time-out
+        groups = []
+        for bit in range(self.world_size.bit_length() - 1):
+            pairs = [[rank, rank | 1 << bit] for rank in range(self.world_size) if not rank >> bit & 1]
+            mine, _ = dist.new_subgroups_by_enumeration(pairs, timeout=self._group_timeout)
+            groups.append(cast(dist.ProcessGroup, mine))
+        if self.watchdog is not None:
+            self.watchdog.disarm()
+        return groups
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in place. Collective."""

@@ -55,7 +55,7 @@ def build_trainer(
         model=model,
         ema=EMA(model, config.ema.decay),
         optimizer=build_optimizer(model, config.optim),
-        first_shard=local_shards(config, ranks).start,
+        shards=local_shards(config, ranks),
         decay_steps=decay_steps or 0,
     )
 

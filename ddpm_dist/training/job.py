@@ -27,10 +27,11 @@ from ddpm_dist.run.saver import Saver
 from ddpm_dist.tracking.journal import Journal, read_metrics
 from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.training.build import build_batches, build_trainer
+from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
 from ddpm_dist.training.loop import Loop
 from ddpm_dist.training.precision import configure_backends
 from ddpm_dist.training.progress import Progress
-from ddpm_dist.training.start import Start, Starter, numerics_of
+from ddpm_dist.training.start import Start, Starter
 from ddpm_dist.training.trainer import Trainer
 
 
@@ -46,7 +47,8 @@ def run_job(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
     """
     check_world_size(config, env.world_size)
     device = _device(config, env)
-    configure_backends(config.train, config.train.threads or cpu_threads(env))
+    bitwise = config.elastic.mode == "bitwise"
+    configure_backends(config.train, config.train.threads or (1 if bitwise else cpu_threads(env)), bitwise)
     ranks = Ranks(env, device, config.distributed.timeout_seconds, stop.requested)
     job = Job(config, ranks, stop)
     try:
@@ -108,7 +110,7 @@ class Job:
         contract = ranks.on_rank_zero(
             lambda should_stop: self.starter.contract(images, target, checkpoint, ranks.device)
         )
-        ranks.all_succeed(lambda: self.starter.check_images(images, contract))
+        ranks.all_succeed(lambda: check_images(images, contract, config.data.root))
 
         self.attempt = Attempt(
             self.directory,
@@ -169,6 +171,10 @@ class Job:
         config, ranks = self.config, self.ranks
         assert self.attempt is not None
         self.trainer = build_trainer(config, ranks, numerics_of(contract), images.shape[0], contract["decay_steps"])
+        warning = hold_to_contract(contract, self.trainer.canary(images.shape), ranks, config.elastic)
+        if warning:
+            progress.say(warning)
+        self.trainer.warm_up(images.shape)
         if checkpoint is not None:
             self.trainer.load(checkpoint)
         batches = build_batches(config, ranks, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,13 @@ def _fast_precision(device: torch.device) -> str:
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
 
 
-def configure_backends(train: TrainConfig, threads: int) -> None:
+def configure_backends(train: TrainConfig, threads: int, bitwise: bool = False) -> None:
     """Process-wide switches: thread count, TF32, and no kernel choice by timing (it would differ between lives)."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(train.matmul_precision)
     torch.backends.cudnn.allow_tf32 = train.matmul_precision != "highest"
     torch.backends.cudnn.benchmark = False
+    if bitwise and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it did not write

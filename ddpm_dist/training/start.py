@@ -17,7 +17,7 @@ from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
 from ddpm_dist.run.directory import RunDirectory, count_without_progress
 from ddpm_dist.run.lease import Lease, claim, read_attempts
 from ddpm_dist.tracking.process import choose_uri
-from ddpm_dist.training.precision import Numerics, resolve
+from ddpm_dist.training.contract import new_contract
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,8 @@ class Starter:
                     f"optim.warmup_steps={self.config.optim.warmup_steps}: "
                     f"must be below the last decay step, {decay_steps}"
                 )
-        derived = {**_facts_of(images), "decay_steps": decay_steps}
         if checkpoint is None:
-            return {**derived, **dataclasses.asdict(resolve(self.config.train, device))}
+            return new_contract(self.config, images, decay_steps, device)
         contract = checkpoint.contract
         if contract["decay_steps"] != decay_steps:
             raise ConfigError(
@@ -152,20 +151,3 @@ class Starter:
                 "only a run that was started with a fixed optim.decay_steps can be prolonged"
             )
         return contract
-
-    def check_images(self, images: Images, contract: dict[str, Any]) -> None:
-        """Raises DataError if this rank's images are not those of the run: on every node they must be the same."""
-        for name, value in _facts_of(images).items():
-            if contract[name] != value:
-                raise DataError(
-                    f"data.root={self.config.data.root}: not the images that this run is trained on "
-                    f"({name}: {contract[name]} -> {value})"
-                )
-
-
-def numerics_of(contract: dict[str, Any]) -> Numerics:
-    return Numerics(**{item.name: contract[item.name] for item in dataclasses.fields(Numerics)})
-
-
-def _facts_of(images: Images) -> dict[str, Any]:
-    return {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}

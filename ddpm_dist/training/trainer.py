@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from ddpm_dist.data.batches import Batch
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.models.ema import EMA
 from ddpm_dist.parallel.distributed import Ranks
-from ddpm_dist.parallel.rng import seed_default_generators
+from ddpm_dist.parallel.reduction import MeanReduction, Reduction, TreeReduction
+from ddpm_dist.parallel.rng import generator, seed_default_generators
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.training.optim import learning_rate
 from ddpm_dist.training.precision import Numerics
@@ -48,7 +49,7 @@ class Trainer:
         model: the bare network: state_dict, average, sampling.
         ema: its average.
         optimizer: over model's parameters.
-        first_shard: the first logical shard that this rank computes.
+        shards: the logical shards that this rank computes.
         decay_steps: where the cosine ends.
     """
 
@@ -62,25 +63,33 @@ class Trainer:
         model: nn.Module,
         ema: EMA,
         optimizer: torch.optim.Optimizer,
-        first_shard: int,
+        shards: range,
         decay_steps: int,
     ) -> None:
         self.config, self.ranks, self.numerics, self.diffusion = config, ranks, numerics, diffusion
         self.model, self.ema, self.optimizer = model, ema, optimizer
+        self.bitwise = config.elastic.mode == "bitwise"
+        self._network: nn.Module = torch.compile(model) if numerics.compile else model  # type: ignore[assignment]
+        self._shards, self._decay_steps = shards, decay_steps
+        self._parameters = list(model.parameters())
+        self._num_micro = len(shards) if self.bitwise else self._count_micro_batches()
         # DDP around the compiled model, so that its gradient traffic still overlaps with backward.
-        self.ddp_model = ranks.wrap(torch.compile(model) if numerics.compile else model)  # type: ignore[arg-type]
+        self._reduction = self._reduce()
+        self.ddp_model = self._reduction.ddp_model
         self.scaler = numerics.scaler(ranks.device)
         self.step = 0
-        self._first_shard, self._decay_steps = first_shard, decay_steps
-        self._parameters = list(model.parameters())
         # Since the last log line. On the device: reading them would make it wait.
         self._sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, gradient norm, applied updates
         self._skips = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # skipped, in a row now, most in a row
-        self._num_micro = self._count_micro_batches()
 
     def _count_micro_batches(self) -> int:
         per_rank = self.config.data.batch_size // self.ranks.world_size
         return max(1, per_rank // (self.config.train.micro_batch_size or per_rank))
+
+    def _reduce(self) -> Reduction:
+        if self.bitwise:
+            return TreeReduction(self._network, self._parameters, self.ranks, self.config.elastic.shards)
+        return MeanReduction(self._network, self.ranks, self._num_micro)
 
     @property
     def lr(self) -> float:
@@ -92,20 +101,14 @@ class Trainer:
 
         Ho et al. 2020, algorithm 1 (arXiv:2006.11239). Nothing here waits for the device.
         """
-        x_start, t, noise = self._to_device(batch)
-        x_t = self.diffusion.q_sample(x_start, t, noise)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        seed_default_generators(self.ranks.device, self.config.run.seed, "dropout", self.step, self._first_shard)
-
         step_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        micro_batches = zip(*(whole.chunk(self._num_micro) for whole in (x_t, t, noise)), strict=True)
-        for index, (x_micro, t_micro, noise_micro) in enumerate(micro_batches, start=1):
-            last = index == self._num_micro
-            with contextlib.nullcontext() if last else self.ranks.no_sync(self.ddp_model):
-                with self.numerics.autocast(self.ranks.device):
-                    eps_pred = self.ddp_model(x_micro, t_micro)
-                loss = self.diffusion.loss(eps_pred.float(), noise_micro) / self._num_micro
+        micro_batches = zip(*(whole.chunk(self._num_micro) for whole in self._to_device(batch)), strict=True)
+        for index, (x_start, t, noise) in enumerate(micro_batches):
+            self._seed_dropout(index)
+            with self._reduction.micro_batch(last=index == self._num_micro - 1):
+                loss = self._loss(self.ddp_model, x_start, t, noise) * self._reduction.loss_weight
                 self.scaler.scale(loss).backward()
             step_loss += loss.detach()
 
@@ -113,8 +116,20 @@ class Trainer:
         grad_norm = self._clip_gradients()
         self._update_weights(grad_norm)
         self.ema.update(self.step)
-        self._count(step_loss, grad_norm)
+        self._count(step_loss * self._reduction.rank_weight, grad_norm)
         self.step += 1
+
+    def _seed_dropout(self, index: int) -> None:
+        """A micro-batch's own dropout: in bitwise mode it is a shard, and the shard alone decides."""
+        name = (self._shards[index],) if self.bitwise else (self._shards.start, index)
+        seed_default_generators(self.ranks.device, self.config.run.seed, "dropout", self.step, *name)
+
+    def _loss(self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The mean over a micro-batch. Its tensors are made here, so that their memory is aligned alike everywhere."""
+        x_t = self.diffusion.q_sample(x_start, t, noise)
+        with self.numerics.autocast(self.ranks.device):
+            eps_pred = network(x_t, t)
+        return self.diffusion.loss(eps_pred.float(), noise)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """x_start float32 [B, C, H, W] in [-1, 1]; t int64 [B]; noise float32 [B, C, H, W]."""
@@ -128,6 +143,10 @@ class Trainer:
     def _clip_gradients(self) -> Tensor:
         """The global gradient norm before clipping; call it after unscale_, never before."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self.bitwise:
+            # Copies: on CUDA the order of a sum depends on how its memory is aligned, and a DDP bucket aligns its
+            # parts otherwise than one process does.
+            gradients = list(torch._foreach_mul(gradients, 1.0))
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.optim.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.config.optim.grad_clip, norm)
@@ -148,8 +167,8 @@ class Trainer:
     def _count(self, loss: Tensor, grad_norm: Tensor) -> None:
         applied = torch.isfinite(grad_norm)
         # A rank's part, so that the sum over ranks weighs every step alike, however many ranks there were.
-        sums = torch.stack([loss, grad_norm.double(), torch.ones_like(loss)]) / self.ranks.world_size
-        self._sums += torch.where(applied, sums, 0)
+        same_everywhere = torch.stack([grad_norm.double(), torch.ones_like(loss)]) / self.ranks.world_size
+        self._sums += torch.where(applied, torch.cat([loss[None], same_everywhere]), 0)
         in_a_row = torch.where(applied, 0, self._skips[1] + 1)
         self._skips[0] += ~applied
         self._skips[1] = in_a_row
@@ -163,6 +182,45 @@ class Trainer:
         self._skips.copy_(torch.tensor([0, in_a_row, in_a_row]))
         applied = applied or math.nan
         return WindowMeans(loss / applied, grad_norm / applied, skipped, most)
+
+    def warm_up(self, image_shape: tuple[int, int, int]) -> None:
+        """Have DDP settle how it packs gradients into buckets, which it does after its first backward. Collective.
+
+        With three or more ranks the packing decides in which order they are added: without this the first step of
+        every attempt would round otherwise than the same step of an undisturbed run.
+        """
+        if self.bitwise or self.ranks.world_size < 3:
+            return
+        num = self.config.data.batch_size // self.ranks.world_size // self._num_micro
+        zeros = self._zero_batch(num, image_shape)
+        self._loss(self.ddp_model, *self._to_device(zeros)).backward()
+        self.optimizer.zero_grad()
+
+    @staticmethod
+    def _zero_batch(num: int, image_shape: tuple[int, int, int]) -> Batch:
+        images = torch.zeros(num, *image_shape, dtype=torch.uint8)
+        return Batch(images, torch.zeros(num, dtype=torch.int64), torch.zeros(images.shape))
+
+    def canary(self, image_shape: tuple[int, int, int]) -> str:
+        """Digest of the gradient of one shard-sized batch at the weights of step 0: how this machine rounds.
+
+        The same wherever a run continues to the bit, whatever the number of ranks. Call it before `load`. Leaves
+        weights and gradients alone.
+        """
+        assert self.step == 0, "the weights of step 0 are the only ones that every attempt has"
+        draw = generator(self.config.run.seed, "canary")
+        num = self.config.data.batch_size // self.config.elastic.shards
+        images = torch.randint(0, 256, (num, *image_shape), dtype=torch.uint8, generator=draw)
+        t = torch.randint(0, self.config.diffusion.num_timesteps, (num,), generator=draw)
+        batch = self._to_device(Batch(images, t, torch.randn(images.shape, generator=draw)))
+        seed_default_generators(self.ranks.device, self.config.run.seed, "canary dropout")
+        # In stream mode shards are no micro-batches: torch.compile would specialise on a shape that never comes.
+        network = self._network if self.bitwise else self.model
+        gradients = torch.autograd.grad(self._loss(network, *batch), self._parameters)
+        digest = hashlib.blake2b(digest_size=8)
+        for gradient in gradients:
+            digest.update(gradient.float().contiguous().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def drifted_ranks(self) -> list[int]:
         """Ranks whose weights are not rank 0's, to the bit; broken hardware does that. Collective."""

@@ -1,0 +1,112 @@
+"""The contract of a run: what binds every attempt, kept in each checkpoint, and how an attempt is held against it.
+
+Three kinds of terms. What the config says of the recipe (seed, shards, batch) is refused when it changes, by
+`config.changes`. What was decided once (`auto` precision, memory format, the end of the cosine) is obeyed. What the
+circumstances bring along (threads, device, versions, how this machine rounds) is compared here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import ddpm_dist
+from ddpm_dist.config import Config, ElasticConfig
+from ddpm_dist.data.datasets import Images
+from ddpm_dist.errors import ConfigError, DataError
+from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.training.precision import Numerics, resolve
+
+_WORDS = {
+    "threads": "train.threads",
+    "device": "kind of device",
+    "torch": "version of torch",
+    "ddpm_dist": "version of ddpm_dist",
+    "canary": "gradient of a test batch (this machine rounds otherwise)",
+}
+
+
+def new_contract(config: Config, images: Images, decay_steps: int | None, device: torch.device) -> dict[str, Any]:
+    """The terms of a run that starts now. Plain JSON. `canary` is added once there is a network."""
+    return {
+        **facts_of(images),
+        "seed": config.run.seed,
+        "mode": config.elastic.mode,
+        "shards": config.elastic.shards,
+        "batch_size": config.data.batch_size,
+        "matmul_precision": config.train.matmul_precision,
+        "decay_steps": decay_steps,
+        **dataclasses.asdict(resolve(config.train, device)),
+        **circumstances(device),
+    }
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What this process brings along, and its rounding depends on."""
+    return {
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "torch": str(torch.__version__),
+        "ddpm_dist": ddpm_dist.__version__,
+    }
+
+
+def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`what: old -> new` for each circumstance that is not the contract's.
+
+    What an older version's contract does not mention is no mismatch.
+    """
+    return [
+        f"{_WORDS[name]}: {contract[name]} -> {value}"
+        for name, value in now.items()
+        if name in contract and contract[name] != value
+    ]
+
+
+def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, elastic: ElasticConfig) -> str:
+    """Compare every rank's circumstances with the contract, which takes rank 0's canary if it has none. Collective.
+
+    Returns:
+        a warning, or "".
+
+    Raises:
+        ConfigError: some rank would round otherwise, and elastic.on_mismatch says to fail.
+        RankZeroFailed: on the other ranks.
+    """
+    contract.setdefault("canary", ranks.on_rank_zero(lambda should_stop: canary))
+    found = mismatches(contract, {**circumstances(ranks.device), "canary": canary})
+
+    def refuse() -> None:
+        if found and elastic.fails_on_mismatch:
+            raise ConfigError(
+                f"this run cannot go on here to the bit: {'; '.join(found)} "
+                "(elastic.on_mismatch=warn goes on all the same)"
+            )
+
+    ranks.all_succeed(refuse)
+    ours, *others = ranks.gather(len(found))
+    who = [str(rank) for rank, count in enumerate(others, start=1) if count]
+    if not ours and not who:
+        return ""
+    where = f" (on rank {', '.join(['0'] * bool(ours) + who)})" if who else ""
+    return f"warning: from here on results may be rounded otherwise{where}: {'; '.join(found) or 'see those machines'}"
+
+
+def numerics_of(contract: Mapping[str, Any]) -> Numerics:
+    return Numerics(**{item.name: contract[item.name] for item in dataclasses.fields(Numerics)})
+
+
+def facts_of(images: Images) -> dict[str, Any]:
+    return {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}
+
+
+def check_images(images: Images, contract: Mapping[str, Any], root: str) -> None:
+    """Raises DataError if these images are not those of the run: on every node they must be the same."""
+    for name, value in facts_of(images).items():
+        if contract[name] != value:
+            raise DataError(
+                f"data.root={root}: not the images that this run is trained on ({name}: {contract[name]} -> {value})"
+            )

@@ -1,0 +1,46 @@
+"""Another network than the reference one, for what must hold for any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from harness import call_train
+from torch import Tensor, nn
+
+from ddpm_dist.models.unet import ResBlock, UNet
+
+
+class Attentive(nn.Module):
+    """A residual block, then self-attention over all places (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, block: ResBlock, channels: int, num_heads: int = 4) -> None:
+        super().__init__()
+        self.block, self.num_heads = block, num_heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        x = self.block(x, time_embedding)
+        size, channels, height, width = x.shape
+        flat = self.norm(x).flatten(2).transpose(1, 2)
+        heads = self.qkv(flat).view(size, height * width, 3, self.num_heads, channels // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(flat.shape)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+class AttentiveUNet(UNet):
+    """The reference network with attention in the middle."""
+
+    def __init__(self, image_channels: int, channels: int, time_embed_dim: int, dropout: float) -> None:
+        super().__init__(image_channels, channels, time_embed_dim, dropout)
+        self.mid: Any = Attentive(self.mid, 4 * channels)
+
+
+def call_train_attentive(argv: Sequence[str]) -> int:
+    from ddpm_dist.training import build
+
+    build.UNet = AttentiveUNet  # type: ignore[misc]
+    return call_train(argv)

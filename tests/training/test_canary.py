@@ -1,0 +1,59 @@
+"""The canary: the same wherever a run goes on to the bit, another one where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Job
+
+from ddpm_dist.config import load_config
+from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.parallel.environment import read_environment
+from ddpm_dist.training.build import build_trainer
+from ddpm_dist.training.precision import Numerics, resolve
+from ddpm_dist.training.trainer import Trainer
+
+OPTIONS = ("elastic.mode=bitwise", "model.channels=16", "model.dropout=0.1", "train.precision=fp32")
+
+
+def trainer(*overrides: str, numerics: Numerics | None = None) -> Trainer:
+    config = load_config(None, [*OPTIONS, *overrides])
+    ranks = Ranks(read_environment(), torch.device("cpu"), 30.0, lambda: False)
+    return build_trainer(config, ranks, numerics or resolve(config.train, ranks.device), 1, None)
+
+
+def print_canaries() -> int:
+    """A rank of the harness: at one thread, at two, and at one again."""
+    one = trainer()
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        print(one.canary((1, 28, 28)), flush=True)
+    return 0
+
+
+def canaries(world_size: int, tmp_path: Path) -> list[str]:
+    with Job(world_size, tmp_path / f"{world_size}.log", print_canaries, ()) as job:
+        assert job.wait(60) == [0] * world_size, job.output()
+    return job.output().split()
+
+
+def test_it_flags_a_thread_count_and_stays_silent_for_a_number_of_ranks(tmp_path: Path) -> None:
+    one, two, again = canaries(1, tmp_path)
+    assert one == again
+    assert one != two, "two threads add up in another order"
+    assert sorted(canaries(2, tmp_path)) == sorted([one, two, one] * 2)
+
+
+@pytest.mark.parametrize("change", ["model.dropout=0.2", "run.seed=1", "data.batch_size=256", "train.precision=bf16"])
+def test_it_flags_what_shapes_a_gradient(change: str) -> None:
+    assert trainer(change).canary((1, 28, 28)) != trainer().canary((1, 28, 28))
+
+
+def test_it_flags_a_memory_format_only_where_that_rounds_otherwise_and_leaves_no_trace() -> None:
+    one = trainer()
+    before = [parameter.clone() for parameter in one.model.parameters()]
+    assert one.canary((1, 28, 28)) == one.canary((1, 28, 28))
+    assert all(torch.equal(a, b) for a, b in zip(before, one.model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in one.model.parameters())
