@@ -1,0 +1,233 @@
+"""Prove on this machine that a run which is killed and moved ends, to the last bit, as one that is left alone.
+
+python -m ddpm_dist.verify
+python -m ddpm_dist.verify --config configs/mnist.yaml --worlds 1,2,4 --kills 5 --steps 60 elastic.mode=bitwise
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.config import Config, check_world_size, load_config
+from ddpm_dist.errors import ConfigError, UserError
+from ddpm_dist.parallel.local import LocalRanks
+from ddpm_dist.run.checkpoint import CheckpointStore
+from ddpm_dist.run.digest import digests
+from ddpm_dist.run.lease import read_attempts
+from ddpm_dist.tracking.journal import read_metrics
+
+EPILOG = """\
+Trains twice from scratch in a folder of its own: once undisturbed, and once killed at random instants, all ranks or
+one of them, and moved over the given numbers of ranks. Then compares weights, moving average, optimizer and scaler.
+Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise. Exit codes: 0 equal, 1 not, else as train's.
+"""
+DEFAULT = ("data.name=mnist5k", "model.channels=16", "data.batch_size=32", "elastic.mode=bitwise")
+COMMAND = "ddpm_dist.train:main"
+PATIENCE_SECONDS = 600.0  # for those whom a killed rank leaves behind, or a run that is left to finish
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One life of the disturbed run.
+
+    Attributes:
+        newest: the newest checkpoint when it began (0: none), at which it had to start.
+        start: where it did.
+        end: the last step that it logged.
+        kill: what was done to it; "" if it was left to finish.
+    """
+
+    world_size: int
+    newest: int
+    start: int
+    end: int
+    kill: str
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandLine(prog="python -m ddpm_dist.verify", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--config", metavar="FILE", help="the config to rehearse")
+    parser.add_argument("--worlds", default="1,2,4", metavar="N,...", help="numbers of ranks [1,2,4]")
+    parser.add_argument("--kills", type=int, default=5, help="how often it is killed [5]")
+    parser.add_argument("--steps", type=int, default=60, help="how long both runs are [60]")
+    parser.add_argument("--seed", type=int, help="of the kills; printed [random]")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave both run directories there [deleted]")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        worlds = _read_worlds(args.worlds)
+        every = args.steps // (2 * (args.kills + 1))
+        if args.kills < 1 or every < 1:
+            raise ConfigError(
+                f"--kills {args.kills} --steps {args.steps}: expected at least 1 kill, and "
+                f"{2 * (max(args.kills, 1) + 1)} steps for that many"
+            )
+        fixed = (
+            f"train.max_steps={args.steps}",
+            f"checkpoint.every={every}",
+            "train.log_every=1",
+            "preview.num_images=0",
+            "tracking.enabled=false",
+        )
+        overrides = [*(() if args.config else DEFAULT), *args.overrides, *fixed]
+        _check(load_config(args.config, overrides), worlds)
+        seed = random.randrange(10**6) if args.seed is None else args.seed
+        print(f"seed {seed}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
+            root = args.keep or Path(folder)
+            command = [*(["--config", args.config] if args.config else []), *overrides, f"run.root={root}"]
+            equal = Rehearsal(root, command, steps=args.steps, worlds=worlds, kills=args.kills, seed=seed).run()
+            return 0 if equal else 1
+    except UserError as error:
+        return refuse(error)
+    except CannotTrain as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _read_worlds(text: str) -> list[int]:
+    try:
+        worlds = [int(part) for part in text.split(",")]
+    except ValueError:
+        worlds = []
+    if not worlds or min(worlds) < 1:
+        raise ConfigError(f"--worlds {text}: expected numbers of ranks, like 1,2,4")
+    return worlds
+
+
+def _check(config: Config, worlds: Sequence[int]) -> None:
+    for world_size in worlds:
+        check_world_size(config, world_size)
+    if config.elastic.mode == "stream" and len(set(worlds)) > 1:
+        raise ConfigError(
+            f"--worlds {','.join(map(str, worlds))}: elastic.mode=stream gives the same bits on one number of ranks "
+            "only; give that one, like --worlds 2, or elastic.mode=bitwise"
+        )
+
+
+class Rehearsal:
+    """Trains the undisturbed run and the disturbed one, and compares.
+
+    Args:
+        root: folder of both run directories; must not hold any.
+        command: what both are trained with.
+        steps: their length.
+        worlds: numbers of ranks; the undisturbed run takes the first, the other one all in turn.
+        kills: how often the other one is killed.
+        seed: of the kills.
+    """
+
+    def __init__(self, root: Path, command: list[str], *, steps: int, worlds: list[int], kills: int, seed: int) -> None:
+        for name in ("undisturbed", "disturbed"):
+            if (root / name).exists():
+                raise ConfigError(f"--keep {root}: {root / name} exists already; give another folder")
+        root.mkdir(parents=True, exist_ok=True)
+        self._root, self._command = root, command
+        self._steps, self._worlds, self._kills, self._draw = steps, worlds, kills, random.Random(seed)
+
+    def run(self) -> bool:
+        """Whether both end alike, and the disturbed run went on at its checkpoints each time.
+
+        Raises:
+            CannotTrain: a run ended by itself.
+        """
+        undisturbed = self._life("undisturbed", self._worlds[0], None)
+        print(f"undisturbed: {undisturbed.world_size} rank(s), {undisturbed.end} steps", flush=True)
+        print("disturbed:   ranks  starts at step (newest checkpoint)  ends at step")
+        attempts: list[Attempt] = []
+        while not attempts or attempts[-1].kill:
+            number = len(attempts)
+            world_size = self._worlds[number % len(self._worlds)]
+            attempts.append(self._life("disturbed", world_size, self._kills - number))
+            one = attempts[-1]
+            newest = f"({one.newest})"
+            how = one.kill or "finished"
+            print(
+                f"{number + 1:>11}  {one.world_size:>5}  {one.start:>14} {newest:<20}  {one.end:>12}  {how}", flush=True
+            )
+        return self._compare(attempts)
+
+    def _life(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
+        run = self._root / name
+        newest = max(CheckpointStore(run / "checkpoints").committed(), default=0)
+        kill_at, victim = None, ""
+        if kills_left:
+            # So that what is left of the run has room for the kills that are left.
+            kill_at = newest + self._draw.randint(1, max(1, 2 * ((self._steps - newest) // (kills_left + 1)) - 1))
+            victim = self._draw.choice(["all ranks", *(f"rank {rank}" for rank in range(world_size))])
+        argv = [*self._command, f"run.name={name}"]
+        log = self._root / f"{name}.log"
+        with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.job"]) as ranks:
+            number = 1 + len(read_attempts(run / "attempts"))
+            while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at):
+                time.sleep(0.005)
+            if ranks.alive() and kill_at:
+                time.sleep(self._draw.uniform(0, 0.2))  # not always just after a line was logged
+                ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
+            codes = ranks.exit_codes(PATIENCE_SECONDS)
+        killed = -signal.SIGKILL in codes
+        if any(codes) and not killed:
+            raise CannotTrain(next(code or 0 for code in codes if code), log)
+        facts = read_attempts(run / "attempts")[-1]
+        return Attempt(
+            world_size, newest, facts["start_step"], _last_step(run, number), f"{victim} killed" if killed else ""
+        )
+
+    def _compare(self, attempts: Sequence[Attempt]) -> bool:
+        """Print what is equal and what is not."""
+        ends = []
+        for name in ("undisturbed", "disturbed"):
+            ends.append(digests(CheckpointStore(self._root / name / "checkpoints").load(self._steps)[0]))
+        print(f"\n{'after step ' + str(self._steps):<16}  {'undisturbed':<16}  disturbed")
+        for part, digest in ends[0].items():
+            same = digest == ends[1][part]
+            print(f"{part:<16}  {digest:<16}  {ends[1][part]:<16}  {'equal' if same else 'DIFFERENT'}")
+        complaints = [f"{part} differ" for part in ends[0] if ends[0][part] != ends[1][part]]
+        for attempt in attempts[1:]:
+            if attempt.start != attempt.newest:
+                complaints.append(f"an attempt started at step {attempt.start} instead of {attempt.newest}")
+        if not any(attempt.start for attempt in attempts):
+            complaints.append("no attempt resumed a checkpoint: the kills came too early to show anything")
+        moved = "->".join(str(attempt.world_size) for attempt in attempts)
+        kills = sum(bool(attempt.kill) for attempt in attempts)
+        words = "; ".join(complaints) or "the same bits"
+        print(f"\n{'NOT EQUAL' if complaints else 'EQUAL'}: killed {kills} times, ranks {moved}: {words}", flush=True)
+        return not complaints
+
+
+class CannotTrain(Exception):
+    """A run ended by itself, and not well."""
+
+    def __init__(self, code: int, log: Path) -> None:
+        super().__init__("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]))
+        self.exit_code = code
+
+
+def _call(command: str, argv: Sequence[str]) -> int:
+    """On a rank: a command by its name."""
+    return int(pkgutil.resolve_name(command)(argv))
+
+
+def _last_step(run: Path, attempt: int) -> int:
+    """The last step that this attempt logged; 0 if none."""
+    return max((line["step"] for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

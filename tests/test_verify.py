@@ -1,0 +1,98 @@
+"""The proof: equal where runs are equal, and not where they are not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from harness import TINY, call_train, snapshot
+
+from ddpm_dist import verify
+
+SHORT = ("--kills", "2", "--steps", "24", "--seed", "3", *TINY, "elastic.mode=bitwise")
+
+
+def run(*arguments: str) -> int:
+    return verify.main([*SHORT, *arguments])
+
+
+def test_a_killed_and_moved_run_is_shown_to_be_equal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--worlds", "1,2,4", "--keep", str(tmp_path)) == 0
+    said = capfd.readouterr().out
+    assert "EQUAL: killed 2 times, ranks 1->2->4: the same bits" in said
+    assert said.count(" equal") == 4
+    for name in ("undisturbed", "disturbed"):
+        state = torch.load(tmp_path / name / "checkpoints" / "step-00000024.pt", weights_only=True)
+        assert state["step"] == 24
+    before = snapshot(tmp_path)
+    assert run("--keep", str(tmp_path)) == 78
+    assert "exists already" in capfd.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+def test_stream_mode_is_proved_on_one_number_of_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--worlds", "2", "elastic.mode=stream") == 0
+    assert "EQUAL" in capfd.readouterr().out
+    assert run("--worlds", "1,2", "elastic.mode=stream") == 78
+    assert "on one number of ranks" in capfd.readouterr().err
+
+
+def rounds_otherwise_on_two_ranks(argv: Sequence[str]) -> int:
+    if os.environ["WORLD_SIZE"] == "2":
+        from ddpm_dist.training.trainer import Trainer
+
+        step = Trainer.train_step
+
+        def nudged(self: Trainer, batch: object) -> None:
+            step(self, batch)  # type: ignore[arg-type]
+            self._parameters[0].data.view(-1)[0] += 1e-6
+
+        Trainer.train_step = nudged  # type: ignore[assignment, method-assign]
+    return call_train(argv)
+
+
+def test_a_difference_in_the_last_digits_is_found(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "COMMAND", f"{__name__}:rounds_otherwise_on_two_ranks")
+    assert run("--worlds", "1,2") == 1
+    said = capfd.readouterr().out
+    assert "DIFFERENT" in said
+    assert "NOT EQUAL" in said
+
+
+def starts_over(argv: Sequence[str]) -> int:
+    root = next(word for word in argv if word.startswith("run.root=")).removeprefix("run.root=")
+    if "run.name=disturbed" in argv:
+        for folder in ("checkpoints", "status.json"):
+            path = Path(root) / "disturbed" / folder
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return call_train(argv)
+
+
+def test_a_run_that_starts_over_is_no_proof(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verify, "COMMAND", f"{__name__}:starts_over")
+    assert run("--worlds", "1") == 1
+    assert "started at step 0 instead of" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--worlds", "1,3"), "valid numbers of ranks: 1, 2, 4"),
+        (("--worlds", "one"), "expected numbers of ranks, like 1,2,4"),
+        (("--kills", "0"), "at least 1 kill"),
+        (("--steps", "5"), "6 steps"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("data.name=folder", "data.image_size=32", "data.root=nowhere", "--worlds", "1"), "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) in (65, 78)
+    said = capfd.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
