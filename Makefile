@@ -32,6 +32,7 @@ bench: install
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.tracking
+	$(BIN)/python -m benchmarks.elastic
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
