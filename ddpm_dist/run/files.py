@@ -8,10 +8,12 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 TEMPORARY = ".tmp"
+_BUFFER_BYTES, _FLUSH_BYTES = 2**22, 2**24
 Fence = Callable[[], None]  # raises if this process may no longer write (see run.lease)
 
 
@@ -31,27 +33,67 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class HashingWriter:
-    """A binary file that hashes what is written to it (sha256), so that it need not be read again."""
+    """Writes to a binary file and hashes what is written (sha256), so that it need not be read again.
+
+    Threads hash copies of what was written, and have the disk take it, while more is made and written: that hides
+    the better part of both.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+        self._file, self._threads = file, ThreadPoolExecutor(2)
         self._hash = hashlib.sha256()
+        # Hashed one after the other; handing over less than megabytes costs more than it gains.
+        self._filling, self._hashing = bytearray(_BUFFER_BYTES), bytearray(_BUFFER_BYTES)
+        self._filled = 0
+        self._hashed: Future[None] | None = None
+        self._flushed: list[Future[None]] = []
         self.size = 0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()  # they hold the file's number, which is soon another file's
+
     def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+        self._file.write(data)
+        left = memoryview(data).cast("B")  # the caller's, and gone when we return
+        self.size += len(left)
+        while len(left):
+            piece = left[: _BUFFER_BYTES - self._filled]
+            self._filling[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
+            left = left[len(piece) :]
+            if self._filled == _BUFFER_BYTES:
+                self._hand_over()
+        return len(data)
+
+    def _hand_over(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+        self._filling, self._hashing, self._filled = self._hashing, self._filling, 0
+        self._hashed = self._threads.submit(self._hash.update, self._hashing)
+        if self.size // _FLUSH_BYTES > len(self._flushed):
+            self._file.flush()
+            self._flushed.append(self._threads.submit(os.fdatasync, self._file.fileno()))
 
     def flush(self) -> None:
+        """Raises OSError, also for what a thread met: the kernel tells of an error only once."""
         self._file.flush()
+        for flushed in self._flushed:
+            flushed.result()
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        """Once all is written."""
+        if self._hashed is not None:
+            self._hashed.result()
+        whole = self._hash.copy()
+        whole.update(memoryview(self._filling)[: self._filled])
+        return whole.hexdigest()
 
 
 @contextlib.contextmanager
-def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iterator[HashingWriter]:
+def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file beside `path` that takes its name when the block ends well: fsync, rename, fsync of the folder.
 
     Args:
@@ -64,7 +106,7 @@ def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iter
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     try:
         with naming(path), open(temporary, "wb") as file:
-            yield HashingWriter(cast(BinaryIO, file))
+            yield cast(BinaryIO, file)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
