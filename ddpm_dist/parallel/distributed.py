@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested, UserError
+from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, UserError
 from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
+from ddpm_dist.parallel.failures import RankLost, RankZeroFailed, user_error
 from ddpm_dist.parallel.interface import choose_interface
 from ddpm_dist.parallel.watchdog import Watchdog
 
@@ -33,31 +34,6 @@ class Wish(enum.IntEnum):
     NONE = 0
     SAVE = 1
     STOP = 2
-
-
-class RankZeroFailed(Exception):
-    """Rank 0 met an error and has reported it; the others leave with the same exit code, silently."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"rank 0 failed with exit code {exit_code}")
-        self.exit_code = exit_code
-
-
-class RankLost(RuntimeError):
-    """Another rank is dead or hangs."""
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error only says that another rank is gone: that rank has the real story."""
-    return isinstance(error, RankLost | dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-    )
-
-
-def _user_error(exit_code: int, message: str) -> UserError:
-    error = DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
-    error.exit_code = ExitCode(exit_code)
-    return error
 
 
 def pick_device(requested: str, env: RankEnvironment) -> torch.device:
@@ -328,7 +304,7 @@ class Ranks:
             for rank in range(1, self.world_size):
                 outcome = json.loads(self._await_from(rank, f"{name}/{rank}", should_stop))
                 if outcome["failed"]:
-                    raise _user_error(outcome["failed"], outcome["message"])
+                    raise user_error(outcome["failed"], outcome["message"])
 
         if not self.is_zero:
             outcome: dict[str, Any] = {"failed": 0}

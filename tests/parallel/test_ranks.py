@@ -12,8 +12,9 @@ import pytest
 from harness import Job
 
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
-from ddpm_dist.parallel.distributed import RankLost, Ranks, RankZeroFailed, Wish
+from ddpm_dist.parallel.distributed import Ranks, Wish
 from ddpm_dist.parallel.environment import read_environment
+from ddpm_dist.parallel.failures import RankLost, RankZeroFailed
 from ddpm_dist.run.preemption import StopSignal
 
 

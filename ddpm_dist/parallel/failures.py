@@ -1,0 +1,33 @@
+"""What a rank learns of another's failure."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
+
+
+class RankZeroFailed(Exception):
+    """Rank 0 met an error and has reported it; the others leave with the same exit code, silently."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"rank 0 failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class RankLost(RuntimeError):
+    """Another rank is dead or hangs."""
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone: that rank has the real story."""
+    return isinstance(error, RankLost | dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    )
+
+
+def user_error(exit_code: int, message: str) -> UserError:
+    """Another rank's error, for rank 0 to say."""
+    error = DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
+    error.exit_code = ExitCode(exit_code)
+    return error
