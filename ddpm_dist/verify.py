@@ -19,10 +19,11 @@ from pathlib import Path
 
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, load_config
-from ddpm_dist.errors import ConfigError, UserError
+from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from ddpm_dist.parallel.local import LocalRanks
 from ddpm_dist.run.checkpoint import CheckpointStore
 from ddpm_dist.run.digest import digests
+from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import read_attempts
 from ddpm_dist.tracking.journal import read_metrics
 
@@ -177,17 +178,18 @@ class Rehearsal:
             number = 1 + len(read_attempts(run / "attempts"))
             while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at):
                 time.sleep(0.005)
-            if ranks.alive() and kill_at:
+            killed = bool(kill_at) and ranks.alive()
+            if killed:
                 time.sleep(self._draw.uniform(0, 0.2))  # not always just after a line was logged
                 ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
             codes = ranks.exit_codes(PATIENCE_SECONDS)
-        killed = -signal.SIGKILL in codes
-        if any(codes) and not killed:
-            raise CannotTrain(next(code or 0 for code in codes if code), log)
-        facts = read_attempts(run / "attempts")[-1]
-        return Attempt(
-            world_size, newest, facts["start_step"], _last_step(run, number), f"{victim} killed" if killed else ""
-        )
+        if RunDirectory(run).read_status().get("state") == "finished":
+            killed = False  # whoever was killed had nothing left to do
+        elif not killed:
+            raise CannotTrain(codes, log)
+        facts = read_attempts(run / "attempts")[number - 1]
+        end = _last_step(run, number)
+        return Attempt(world_size, newest, facts["start_step"], end, f"{victim} killed" if killed else "")
 
     def _compare(self, attempts: Sequence[Attempt]) -> bool:
         """Print what is equal and what is not."""
@@ -212,11 +214,12 @@ class Rehearsal:
 
 
 class CannotTrain(Exception):
-    """A run ended by itself, and not well."""
+    """A run ended by itself, or by somebody else's hand, and not well."""
 
-    def __init__(self, code: int, log: Path) -> None:
-        super().__init__("".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]))
-        self.exit_code = code
+    def __init__(self, codes: Sequence[int | None], log: Path) -> None:
+        said = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:])
+        super().__init__(f"{said}error: {log.stem}: the ranks ended with {', '.join(map(str, codes))}")
+        self.exit_code = next((code for code in codes if code and code > 0), ExitCode.SOFTWARE)
 
 
 def _call(command: str, argv: Sequence[str]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +80,40 @@ def test_a_run_that_starts_over_is_no_proof(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(verify, "COMMAND", f"{__name__}:starts_over")
     assert run("--worlds", "1") == 1
     assert "started at step 0 instead of" in capfd.readouterr().out
+
+
+def dies_of_another_hand(argv: Sequence[str]) -> int:
+    if "run.name=disturbed" in argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call_train(argv)
+
+
+def test_a_rank_that_somebody_else_kills_is_no_kill_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "COMMAND", f"{__name__}:dies_of_another_hand")
+    assert run("--worlds", "1") == 70
+    said = capfd.readouterr()
+    assert "EQUAL" not in said.out
+    assert "disturbed: the ranks ended with -9" in said.err
+    assert "Traceback" not in said.err
+
+
+def lingers(argv: Sequence[str]) -> int:
+    code = call_train(argv)
+    if "run.name=disturbed" in argv:
+        time.sleep(3)
+    return code
+
+
+def test_a_kill_that_comes_after_the_end_is_none(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "COMMAND", f"{__name__}:lingers")
+    assert run("--worlds", "1", "--kills", "1", "--steps", "4") in (0, 1), "no attempt may have resumed"
+    said = capfd.readouterr().out
+    assert "instead of" not in said
+    assert said.count(" equal") == 4
 
 
 @pytest.mark.parametrize(

@@ -202,14 +202,15 @@ class Trainer:
         return Batch(images, torch.zeros(num, dtype=torch.int64), torch.zeros(images.shape))
 
     def canary(self, image_shape: tuple[int, int, int]) -> str:
-        """Digest of the gradient of one shard-sized batch at the weights of step 0: how this machine rounds.
+        """Digest of the gradient of one shard at the weights of step 0 (in stream mode of one image, since shards may
+        be larger than what memory holds): how this machine rounds.
 
         The same wherever a run continues to the bit, whatever the number of ranks. Call it before `load`. Leaves
         weights and gradients alone.
         """
         assert self.step == 0, "the weights of step 0 are the only ones that every attempt has"
         draw = generator(self.config.run.seed, "canary")
-        num = self.config.data.batch_size // self.config.elastic.shards
+        num = self.config.data.batch_size // self.config.elastic.shards if self.bitwise else 1
         images = torch.randint(0, 256, (num, *image_shape), dtype=torch.uint8, generator=draw)
         t = torch.randint(0, self.config.diffusion.num_timesteps, (num,), generator=draw)
         batch = self._to_device(Batch(images, t, torch.randn(images.shape, generator=draw)))
