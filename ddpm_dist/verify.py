@@ -68,10 +68,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
+        for number, handler in before.items():
+            if handler == signal.SIG_DFL:
+                signal.signal(number, _leave)  # by way of what ends the ranks
         args = parse(argv)
         worlds = _read_worlds(args.worlds)
-        every = args.steps // (2 * (args.kills + 1))
+        every = args.steps // (2 * (max(args.kills, 1) + 1))
         if args.kills < 1 or every < 1:
             raise ConfigError(
                 f"--kills {args.kills} --steps {args.steps}: expected at least 1 kill, and "
@@ -93,13 +97,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = [*(["--config", args.config] if args.config else []), *overrides, f"run.root={root}"]
             equal = Rehearsal(root, command, steps=args.steps, worlds=worlds, kills=args.kills, seed=seed).run()
             return 0 if equal else 1
-    except UserError as error:
+    except (UserError, OSError) as error:
         return refuse(error)
     except CannotTrain as error:
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _read_worlds(text: str) -> list[int]:
@@ -166,7 +177,8 @@ class Rehearsal:
 
     def _life(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
         run = self._root / name
-        newest = max(CheckpointStore(run / "checkpoints").committed(), default=0)
+        store = CheckpointStore(run / "checkpoints")
+        newest = max(store.committed(), default=0)
         kill_at, victim = None, ""
         if kills_left:
             # So that what is left of the run has room for the kills that are left.
@@ -176,13 +188,15 @@ class Rehearsal:
         log = self._root / f"{name}.log"
         with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.job"]) as ranks:
             number = 1 + len(read_attempts(run / "attempts"))
-            while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at):
-                time.sleep(0.005)
+            while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at and store.committed()):
+                time.sleep(0.005)  # the first kill, too, comes after a checkpoint: there is something to resume
             killed = bool(kill_at) and ranks.alive()
             if killed:
                 time.sleep(self._draw.uniform(0, 0.2))  # not always just after a line was logged
                 ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
             codes = ranks.exit_codes(PATIENCE_SECONDS)
+        if None in codes:
+            raise CannotTrain(codes, log)
         if RunDirectory(run).read_status().get("state") == "finished":
             killed = False  # whoever was killed had nothing left to do
         elif not killed:

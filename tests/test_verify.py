@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from harness import TINY, call_train, snapshot
+from harness import TINY, call_train, snapshot, wait_until
 
 from ddpm_dist import verify
 
@@ -110,10 +112,25 @@ def test_a_kill_that_comes_after_the_end_is_none(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verify, "COMMAND", f"{__name__}:lingers")
-    assert run("--worlds", "1", "--kills", "1", "--steps", "4") in (0, 1), "no attempt may have resumed"
+    assert run("--worlds", "1", "--kills", "1", "--steps", "4") in (0, 1), "perhaps it was done before it was killed"
     said = capfd.readouterr().out
     assert "instead of" not in said
     assert said.count(" equal") == 4
+
+
+def test_sigterm_leaves_no_rank_behind(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "ddpm_dist.verify", *SHORT, "--worlds", "2", "--keep", str(tmp_path)]
+    lines = tmp_path / "undisturbed" / "metrics.jsonl"
+    with subprocess.Popen([*argv, "--steps", "100000"], stdout=subprocess.DEVNULL) as command:
+        try:
+            wait_until(lambda: lines.exists() and lines.stat().st_size > 0, lambda: "no step within a minute")
+            command.terminate()
+            assert command.wait(30) == 128 + signal.SIGTERM
+        finally:
+            command.kill()
+    size = lines.stat().st_size
+    time.sleep(1)
+    assert lines.stat().st_size == size, "its ranks train on"
 
 
 @pytest.mark.parametrize(
@@ -122,13 +139,15 @@ def test_a_kill_that_comes_after_the_end_is_none(
         (("--worlds", "1,3"), "valid numbers of ranks: 1, 2, 4"),
         (("--worlds", "one"), "expected numbers of ranks, like 1,2,4"),
         (("--kills", "0"), "at least 1 kill"),
+        (("--kills", "-1"), "at least 1 kill"),
+        (("--keep", __file__), "test_verify.py"),
         (("--steps", "5"), "6 steps"),
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("data.name=folder", "data.image_size=32", "data.root=nowhere", "--worlds", "1"), "nowhere"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(*arguments) in (65, 78)
+    assert run(*arguments) in (65, 70, 78)
     said = capfd.readouterr().err
     assert words in said
     assert "Traceback" not in said

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ddpm_dist
-from ddpm_dist.config import Config, ElasticConfig
+from ddpm_dist.config import Config
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.parallel.distributed import Ranks
@@ -40,14 +40,18 @@ def new_contract(config: Config, images: Images, decay_steps: int | None, device
         "matmul_precision": config.train.matmul_precision,
         "decay_steps": decay_steps,
         **dataclasses.asdict(resolve(config.train, device)),
-        **circumstances(device),
+        **circumstances(config, device),
     }
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """What this process brings along, and its rounding depends on."""
+def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
+    """What this process brings along, and its rounding depends on.
+
+    Threads only where they are meant to stay: in stream mode a rank has more of them when there are fewer ranks.
+    """
+    fixed_threads = config.elastic.mode == "bitwise" or config.train.threads is not None
     return {
-        "threads": torch.get_num_threads(),
+        **({"threads": torch.get_num_threads()} if fixed_threads else {}),
         "device": device.type,
         "torch": str(torch.__version__),
         "ddpm_dist": ddpm_dist.__version__,
@@ -66,8 +70,14 @@ def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     ]
 
 
-def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, elastic: ElasticConfig) -> str:
+def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config: Config, step: int) -> str:
     """Compare every rank's circumstances with the contract, which takes rank 0's canary if it has none. Collective.
+
+    A mismatch that is accepted becomes part of the contract: `deviations` says from which step on what was another,
+    and later attempts are held to the new terms.
+
+    Args:
+        step: at which this attempt begins.
 
     Returns:
         a warning, or "".
@@ -76,7 +86,7 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, elasti
         ConfigError: some rank would round otherwise, and elastic.on_mismatch says to fail.
         RankZeroFailed: on the other ranks.
     """
-    now = circumstances(ranks.device)
+    now, elastic = circumstances(config, ranks.device), config.elastic
     if elastic.mode == "bitwise" or ranks.device.type == "cpu":
         # In stream mode CUDA's kernels may add in another order each time: their canary would cry wolf.
         contract.setdefault("canary", ranks.on_rank_zero(lambda should_stop: canary))
@@ -96,7 +106,10 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, elasti
     if not ours and not who:
         return ""
     where = f" (on rank {', '.join(['0'] * bool(ours) + who)})" if who else ""
-    return f"warning: from here on results may be rounded otherwise{where}: {'; '.join(found) or 'see those machines'}"
+    changed = "; ".join(found) or "see those machines"
+    contract["deviations"] = [*contract.get("deviations", []), f"from step {step} on{where}: {changed}"]
+    contract.update({name: value for name, value in now.items() if name in contract})
+    return f"warning: from here on results may be rounded otherwise{where}: {changed}"
 
 
 def numerics_of(contract: Mapping[str, Any]) -> Numerics:

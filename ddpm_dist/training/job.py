@@ -172,7 +172,8 @@ class Job:
         config, ranks = self.config, self.ranks
         assert self.attempt is not None
         self.trainer = build_trainer(config, ranks, numerics_of(contract), images.shape[0], contract["decay_steps"])
-        warning = hold_to_contract(contract, self.trainer.canary(images.shape), ranks, config.elastic)
+        step = checkpoint.step if checkpoint else 0
+        warning = hold_to_contract(contract, self.trainer.canary(images.shape), ranks, config, step)
         if warning:
             progress.say(warning)
         self.trainer.warm_up(images.shape)

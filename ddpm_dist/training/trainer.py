@@ -215,9 +215,13 @@ class Trainer:
         t = torch.randint(0, self.config.diffusion.num_timesteps, (num,), generator=draw)
         batch = self._to_device(Batch(images, t, torch.randn(images.shape, generator=draw)))
         seed_default_generators(self.ranks.device, self.config.run.seed, "canary dropout")
+        threads = torch.get_num_threads()
+        if not self.bitwise:
+            torch.set_num_threads(1)  # their number may change with that of the ranks
         # In stream mode shards are no micro-batches: torch.compile would specialise on a shape that never comes.
         network = self._network if self.bitwise else self.model
         gradients = torch.autograd.grad(self._loss(network, *batch), self._parameters)
+        torch.set_num_threads(threads)
         digest = hashlib.blake2b(digest_size=8)
         for gradient in gradients:
             digest.update(gradient.float().contiguous().cpu().numpy().tobytes())

@@ -149,6 +149,13 @@ def test_a_resume_that_would_round_otherwise_is_refused_key_by_key(tmp_path: Pat
     with start(1, tmp_path, *BITWISE, "train.max_steps=4", "train.threads=2", "elastic.on_mismatch=warn") as job:
         assert job.wait() == [0]
         assert "warning: from here on results may be rounded otherwise: train.threads: 1 -> 2" in job.output()
+    contract = final_state(tmp_path / "run")["contract"]
+    assert contract["threads"] == 2, "these are the terms now"
+    assert len(contract["deviations"]) == 1
+    assert contract["deviations"][0].startswith("from step 2 on: train.threads: 1 -> 2"), "and it is not forgotten"
+    train(2, tmp_path, *BITWISE, "train.max_steps=5", "train.threads=2")
+    with start(2, tmp_path, *BITWISE, "train.max_steps=6") as job:
+        assert job.wait() == [78, 78]
 
 
 def another_torch_on_rank_1(argv: Sequence[str]) -> int:
@@ -170,14 +177,17 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
 
 
 def test_stream_mode_warns_and_goes_on(tmp_path: Path) -> None:
-    train(1, tmp_path, "train.max_steps=2")
-    with start(2, tmp_path, "train.max_steps=4") as job:
-        assert job.wait() == [0, 0]
-        assert "warning" not in job.output(), "another number of ranks is what stream mode is for"
-    with start(1, tmp_path, "train.max_steps=6", "train.threads=2") as job:
+    with start(1, tmp_path, "train.max_steps=2", "train.threads=null") as job:
+        assert job.wait() == [0]
+    with start(2, tmp_path, "train.max_steps=4", "train.threads=null", "elastic.on_mismatch=fail") as job:
+        assert job.wait() == [0, 0], "another number of ranks, and threads a rank, is what stream mode is for"
+        assert "warning" not in job.output()
+    options = ("train.max_steps=4", "train.threads=1")
+    train(1, tmp_path, *options, name="fixed")
+    with start(1, tmp_path, *options, "train.threads=2", "train.max_steps=6", name="fixed") as job:
         assert job.wait() == [0]
         assert "train.threads: 1 -> 2" in job.output()
-    with start(1, tmp_path, "train.max_steps=8", "train.threads=2", "elastic.on_mismatch=fail") as job:
+    with start(1, tmp_path, *options, "train.max_steps=8", "elastic.on_mismatch=fail", name="fixed") as job:
         assert job.wait() == [78]
 
 
