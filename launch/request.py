@@ -1,0 +1,192 @@
+"""What a user asks of the cluster: the same arguments for `launch.submit` and `launch.doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ddpm_dist.config import Config, check_world_size, load_config
+from ddpm_dist.errors import ConfigError
+
+SIGNAL = "USR2"  # NCCL may use USR1
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Nodes, time and the rest, checked on their own but not yet against a cluster.
+
+    Attributes:
+        gpus_per_node: 0 for CPUs only.
+        tasks_per_node: ranks on a node; one per GPU, or as many as asked for.
+        minutes: the time limit of one life of the job; None for the partition's default.
+        total_minutes: of all its lives together; None for no bound.
+        max_requeues: how often the job may come back in all.
+        signal_seconds: how long before the time limit the run is told to save.
+        extra: further options of sbatch, without the dashes; "" for one without a value.
+        setup: lines of shell that run on the first node before the run starts.
+    """
+
+    config_file: Path | None
+    overrides: tuple[str, ...]
+    config: Config
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    cpus_per_task: int
+    mem: str | None
+    minutes: int | None
+    total_minutes: int | None
+    max_requeues: int
+    signal_seconds: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    exclude: str | None
+    python: str | None
+    extra: dict[str, str] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
+    size = parser.add_argument_group("size")
+    size.add_argument("--nodes", type=int, default=1, metavar="N")
+    size.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="0: CPUs only (default)")
+    size.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a node (default: its GPUs, else 1)")
+    size.add_argument("--cpus-per-task", type=int, default=1, metavar="N", help="cores of each rank (default 1)")
+    size.add_argument("--mem", metavar="32G", help="memory per node")
+    size.add_argument("--time", metavar="D-H:M:S", help="time limit of one life of the job, as sbatch takes it")
+    size.add_argument("--total-time", metavar="D-H:M:S", help="the job comes back until this time is used up in all")
+    size.add_argument("--max-requeues", type=int, default=1000, metavar="N", help="and at most so often (default 1000)")
+    size.add_argument("--signal-lead", type=int, default=120, metavar="SECONDS", help="save so long before the limit")
+    where = parser.add_argument_group("where")
+    for option in ("partition", "account", "qos", "constraint", "exclude"):
+        where.add_argument(f"--{option}", metavar="NAME")
+    where.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="any other option; may be repeated"
+    )
+    where.add_argument(
+        "--setup", action="append", default=[], metavar="LINE", help="shell before the run, as `module load cuda`"
+    )
+    where.add_argument(
+        "--python", metavar="COMMAND", help="as `apptainer exec --nv image.sif python` (default: this one)"
+    )
+
+
+def from_arguments(args: argparse.Namespace) -> Request:
+    """Raises ConfigError for what cannot be, whatever the cluster."""
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("max_requeues", 0)):
+        _at_least(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    _at_least("--signal-lead", args.signal_lead, 1)
+    tasks = args.gpus_per_node or 1 if args.tasks_per_node is None else args.tasks_per_node
+    _at_least("--tasks-per-node", tasks, 1)
+    if args.gpus_per_node and tasks > args.gpus_per_node:
+        raise ConfigError(
+            f"--tasks-per-node {tasks}: more ranks than --gpus-per-node {args.gpus_per_node}; one rank uses one GPU"
+        )
+    config = load_config(args.config, args.overrides)
+    check_world_size(config, args.nodes * tasks)
+    minutes = None if args.time is None else minutes_of("--time", args.time)
+    total = None if args.total_time is None else minutes_of("--total-time", args.total_time)
+    return Request(
+        config_file=None if args.config is None else Path(args.config),
+        overrides=tuple(args.overrides),
+        config=config,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        tasks_per_node=tasks,
+        cpus_per_task=args.cpus_per_task,
+        mem=args.mem,
+        minutes=minutes,
+        total_minutes=total,
+        max_requeues=args.max_requeues,
+        signal_seconds=args.signal_lead,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        constraint=args.constraint,
+        exclude=args.exclude,
+        python=args.python,
+        extra=_extra(args.sbatch),
+        setup=tuple(args.setup),
+    )
+
+
+def minutes_of(option: str, text: str) -> int:
+    """SLURM's forms `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`, rounded up to minutes.
+
+    Raises:
+        ConfigError: the text has none of them, or is no time at all.
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{option} {text}: is no time; valid are minutes, H:M:S and D-H:M:S, as sbatch takes them")
+    days, first, second, third = (int(group or 0) for group in match.groups())
+    if match[1] is not None:
+        seconds = ((days * 24 + first) * 60 + second) * 60 + third
+    elif match[4] is not None:
+        seconds = (first * 60 + second) * 60 + third
+    else:
+        seconds = first * 60 + second
+    if seconds == 0:
+        raise ConfigError(f"{option} {text}: is no time at all")
+    return -(-seconds // 60)
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{option} {value}: must be at least {least}")
+
+
+# What the job's way of coming back depends on, and what has an option of its own here.
+_OURS = frozenset(
+    [
+        "array",
+        "config",
+        "cpus-per-task",
+        "error",
+        "export",
+        "gpus-per-node",
+        "job-name",
+        "mem",
+        "no-requeue",
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "open-mode",
+        "output",
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "exclude",
+        "requeue",
+        "signal",
+        "time",
+        "gpus-per-task",
+        "wrap",
+    ]
+)
+
+
+def _extra(texts: list[str]) -> dict[str, str]:
+    extra = {}
+    for text in texts:
+        name, _, value = text.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise ConfigError(f"--sbatch {text}: valid are long options of sbatch, as reservation=name")
+        if name in _OURS:
+            raise ConfigError(f"--sbatch {text}: {name} is set by launch.submit itself; see its --help")
+        if "\n" in value:
+            raise ConfigError(f"--sbatch {name}: the value is more than one line")
+        extra[name] = value
+    return extra
