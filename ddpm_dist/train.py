@@ -8,9 +8,12 @@ python -m ddpm_dist.train train.max_steps=100
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
@@ -29,12 +32,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--where", action="store_true", help="print the run directory and exit")
     parser.add_argument("--help-config", action="store_true", help="list all config keys with defaults and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    code, rank = _main(argv)
+    if rank == 0:
+        _leave_word(code)
+    return code
+
+
+def _leave_word(code: int) -> None:
+    """For a batch script that must decide what comes next: torchrun turns every code but 0 into 1, and a command
+    that is refused has no run directory to say it in."""
+    path = os.environ.get("DDPM_EXIT_CODE_FILE")
+    if path:
+        with contextlib.suppress(OSError):  # then it looks like a death without a word, which is tried again
+            Path(path).write_text(f"{int(code)}\n")
+
+
+def _main(argv: Sequence[str] | None) -> tuple[int, int]:
+    """Returns (exit code, rank)."""
     rank = 0
     try:
         env = read_environment()
@@ -42,16 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         if args.help_config:
             print(describe_keys())
-            return 0
+            return 0, rank
         config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
     except UserError as error:
-        return _refuse(error, rank)
-    if args.dry_run:
+        return _refuse(error, rank), rank
+    if args.dry_run or args.where:
         if rank == 0:
-            print(to_yaml(config), end="")
-        return 0
-    return _train(config, env)
+            print(config.directory if args.where else to_yaml(config).rstrip())
+        return 0, rank
+    return _train(config, env), rank
 
 
 def _refuse(error: UserError, rank: int) -> int:

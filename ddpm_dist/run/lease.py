@@ -2,8 +2,9 @@
 
 An attempt's claim is the file `attempts/00003.json`, put in place by link(2), which succeeds for one process only, on
 network file systems too. The holder counts a heartbeat up in it. A claim is free when its holder has ended, is a
-dead process of this machine, or has not counted for STALE_SECONDS of our own clock (clocks of other hosts are not
-compared). Who was only asleep finds a higher number and writes nothing any more.
+dead process of this machine, is an earlier life of this SLURM job, or has not counted for STALE_SECONDS of our own
+clock (clocks of other hosts are not compared). Who was only asleep, or lives on where only slurmd died, finds a
+higher number and writes nothing any more.
 
 A POSIX lock would say less: a stopped process keeps it, and network file systems may grant it twice.
 """
@@ -132,10 +133,18 @@ def read_attempts(directory: Path) -> list[dict[str, Any]]:
 
 
 def seems_alive(facts: dict[str, Any]) -> bool:
-    """False if the holder has ended or is a dead process of this machine; True where that cannot be known."""
+    """False if the holder has ended, is a dead process of this machine or an earlier life of this SLURM job.
+
+    True where that cannot be known.
+    """
     if facts.get("ended") is not None:
         return False
     here = _identity()
+    if here["slurm_restart"] is not None and facts.get("slurm_job") == here["slurm_job"]:
+        # SLURM has started us anew, so it takes that life for dead: it may be one whose node was cut off.
+        earlier = facts.get("slurm_restart")
+        if isinstance(earlier, int) and earlier < here["slurm_restart"]:
+            return False
     if any(facts.get(name) != here[name] for name in ("host", "boot", "pid_namespace")):
         return True
     return _start_time(facts.get("pid")) == facts.get("pid_started")
@@ -187,8 +196,15 @@ def _identity() -> dict[str, Any]:
         "pid_namespace": os.readlink(namespace) if namespace.exists() else None,
         "pid": pid,
         "pid_started": _start_time(pid),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        **slurm_life(),
     }
+
+
+def slurm_life() -> dict[str, Any]:
+    """Which job this is, and how often SLURM has started it anew; None outside SLURM."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "0")  # not set in a job's first life
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"slurm_job": job, "slurm_restart": int(count) if job and count.isdigit() else None}
 
 
 def _start_time(pid: Any) -> int | None:

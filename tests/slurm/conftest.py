@@ -1,7 +1,8 @@
-"""A throw-away SLURM of two nodes for the tests of this folder: slurm/local-cluster, up once and always taken down."""
+"""A throw-away SLURM of three nodes for the tests of this folder: slurm/local-cluster, up once and always taken down."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ class Cluster:
     """SLURM's commands, on a cluster that runs."""
 
     def __init__(self, state: Path) -> None:
+        self.state = state
         # Without the variables of a job that the tests themselves may run in.
         outer = ("SLURM", "SBATCH", "SRUN", "SALLOC", "PET_", "MASTER_")
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
@@ -56,18 +58,49 @@ class Cluster:
         return done.returncode, done.stdout
 
     def batch(self, log: Path, *argv: str, timeout: float = 90) -> tuple[int, str]:
-        """Submit a batch script and wait for its end: (exit code, output). `sbatch --wait` looks too rarely."""
+        """Submit a batch script and wait for its end: (exit code, output)."""
+        fields = self.wait_for_end(self.submit(log, *argv), log, timeout)
+        return int(fields["ExitCode"].split(":")[0]), text_of(log)
+
+    def submit(self, log: Path, *argv: str) -> str:
+        """Returns the job's id."""
         code, job = self.run("sbatch", "--parsable", f"--output={log}", *argv)
         assert code == 0, job
+        return job.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """SLURM's fields of a job."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", job)[1]
+        return dict(field.partition("=")[::2] for field in shown.split())
+
+    def wait_for_end(self, job: str, log: Path, timeout: float = 90) -> dict[str, str]:
+        """Until the job has ended for good; `sbatch --wait` looks too rarely."""
+        return self.wait_for(job, ENDED, log, timeout)
+
+    def wait_for(self, job: str, states: Sequence[str], log: Path, timeout: float = 90) -> dict[str, str]:
+        """Until the job is in one of these states; returns its fields."""
         deadline = time.monotonic() + timeout
-        while True:
-            shown = self.run("scontrol", "show", "job", "--oneliner", job.strip())[1]
-            fields = dict(field.partition("=")[::2] for field in shown.split())
-            output = log.read_text(errors="replace") if log.exists() else ""
-            if fields.get("JobState") in ENDED:
-                return int(fields["ExitCode"].split(":")[0]), output
-            assert time.monotonic() < deadline, f"not ended after {timeout} s: {shown}\n{output}"
+        while (fields := self.job(job)).get("JobState") not in states:
+            assert time.monotonic() < deadline, f"not {states} after {timeout} s: {fields}\n{text_of(log)}"
             time.sleep(0.1)
+        return fields
+
+    def preempt(self, nodes: int = 3, seconds: int = 1) -> str:
+        """Submit a job of higher priority that wants nodes for itself; returns its id."""
+        size = (f"--nodes={nodes}", "--exclusive")
+        return self.submit(Path("/dev/null"), "--partition=high", *size, f"--wrap=sleep {seconds}")
+
+    def is_idle(self) -> bool:
+        nodes = self.run("sinfo", "--noheader", "--Node", "--format=%T", "--partition=low")[1].split()
+        return set(nodes) == {"idle"} and not self.run("squeue", "--noheader")[1].strip()
+
+    def control(self, *argv: str) -> None:
+        """slurm/local-cluster's commands: crash, crash-slurmd, restore."""
+        local_cluster(self.state, *argv)
+
+
+def text_of(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def why_no_slurm() -> str:
@@ -92,8 +125,9 @@ def local_cluster(state: Path, *argv: str) -> None:
     assert done.returncode == 0, f"slurm/local-cluster {argv[0]}:\n{done.stdout}"
 
 
-@pytest.fixture(scope="session")
-def running_cluster() -> Iterator[Cluster]:
+@contextlib.contextmanager
+def cluster_of(*options: str) -> Iterator[Cluster]:
+    """A cluster that is up inside; skips where there can be none."""
     lack = why_no_slurm()
     if lack and os.environ.get("DDPM_REQUIRE_SLURM") == "1":
         pytest.fail(f"DDPM_REQUIRE_SLURM=1, but {lack}")
@@ -102,16 +136,25 @@ def running_cluster() -> Iterator[Cluster]:
     # Not tmp_path: Unix sockets live here, and their paths are short.
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
-        local_cluster(state, "up", "--nodes", "2", "--cpus", "2", "--gpus", "2")
+        local_cluster(state, "up", *options)
         yield Cluster(state)
     finally:
         local_cluster(state, "down")
         shutil.rmtree(state, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "2") as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster; whatever jobs a test leaves are ended."""
+    """The cluster; whatever jobs a test leaves are ended before the next begins."""
     yield running_cluster
     running_cluster.run("scancel", "--user=root", "--signal=KILL")
     running_cluster.run("scancel", "--user=root")
+    deadline = time.monotonic() + 30
+    while not running_cluster.is_idle() and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -1,0 +1,101 @@
+"""Runs that the tests submit with slurm/train.sbatch, and what became of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import TINY, committed, metrics, state_differences, status, train
+
+from ddpm_dist.run.lease import read_attempts
+
+if TYPE_CHECKING:
+    from conftest import Cluster
+
+CONFIG = "configs/quickstart.yaml"
+BITWISE = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=1000")
+TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+
+
+class SubmittedRun:
+    """One run, one job.
+
+    Args:
+        cluster: where.
+        root: run.root; the job's log lies there too.
+        options: of sbatch.
+        overrides: of the config.
+        nice: leave the processor to others where they want it.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        root: Path,
+        overrides: Sequence[str],
+        options: Sequence[str] = TWO_BY_TWO,
+        name: str = "run",
+    ) -> None:
+        self.cluster, self.root, self.overrides, self.name = cluster, root, tuple(overrides), name
+        self.directory, self.log = root / name, root / f"{name}.out"
+        self.job = self.submit(options)
+
+    def submit(self, options: Sequence[str], log: Path | None = None) -> str:
+        """The same command again; returns the job's id."""
+        keys = (*TINY, f"run.root={self.root}", f"run.name={self.name}", *self.overrides)
+        return self.cluster.submit(log or self.log, *options, "slurm/train.sbatch", CONFIG, *keys)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{self.output()}"
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int, attempt: int = 1, timeout: float = 60) -> None:
+        """Until this attempt has logged the step."""
+        self.wait_until(
+            lambda: any(line["attempt"] == attempt and line["step"] >= step for line in metrics(self.directory)),
+            f"step {step} of attempt {attempt}",
+            timeout,
+        )
+
+    def wait_for_finish(self, timeout: float = 120) -> None:
+        fields = self.cluster.wait_for_end(self.job, self.log, timeout)
+        assert fields["JobState"] == "COMPLETED", f"{fields}\n{self.output()}"
+        assert self.status()["state"] == "finished", self.output()
+
+    def status(self) -> dict[str, Any]:
+        return status(self.directory)
+
+    def lives(self) -> list[dict[str, str]]:
+        """slurm.log: the beginning and the end of every life."""
+        path = self.directory / "slurm.log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [dict(field.partition("=")[::2] for field in line.split(" ")) for line in lines]
+
+    def ends(self) -> list[tuple[str, str]]:
+        """(exit code, what came next) of every life that ended by itself."""
+        return [(line["code"], line["next"]) for line in self.lives() if line["event"] == "end"]
+
+    def attempts(self) -> list[dict[str, Any]]:
+        return read_attempts(self.directory / "attempts")
+
+    def assert_no_step_twice(self, target: int) -> None:
+        assert [line["step"] for line in metrics(self.directory)] == list(range(1, target + 1)), "steps were lost"
+
+    def assert_same_bits_as(self, other: Path) -> None:
+        assert state_differences(other, self.directory) == []
+
+    def committed(self) -> list[int]:
+        return committed(self.directory)
+
+
+def undisturbed(root: Path, steps: int) -> Path:
+    """The same run by one process, with no cluster at all."""
+    overrides = (*BITWISE, f"train.max_steps={steps}")
+    return train(1, root, *overrides, "--config", CONFIG, name=f"undisturbed-{steps}", timeout=200)

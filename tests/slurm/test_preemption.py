@@ -1,0 +1,86 @@
+"""A real SLURM takes nodes away, in every way it has: the run comes back, loses nothing, ends with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import metrics
+from runs import BITWISE, SubmittedRun, undisturbed
+
+if TYPE_CHECKING:
+    from conftest import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+STEPS = 150
+RUN = (*BITWISE, f"train.max_steps={STEPS}")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return undisturbed(tmp_path_factory.mktemp("reference"), STEPS)
+
+
+def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN)
+    run.wait_for_step(20)
+    cluster.preempt()
+    run.wait_for_finish()
+    assert run.ends() == [("75", "again"), ("0", "none")]
+    assert {life["job"] for life in run.lives()} == {run.job}
+    run.assert_no_step_twice(STEPS)
+    run.assert_same_bits_as(reference)
+
+
+def test_requeued_by_an_admin_onto_one_node_instead_of_two(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN)
+    run.wait_for_step(20)
+    cluster.run("scontrol", "requeue", run.job)
+    cluster.wait_for(run.job, ["PENDING"], run.log)
+    assert cluster.run("scontrol", "update", f"jobid={run.job}", "numnodes=1-1", "numtasks=2", "numcpus=2") == (0, "")
+    run.wait_for_finish()
+    assert [attempt["world_size"] for attempt in run.attempts()] == [4, 2]
+    run.assert_no_step_twice(STEPS)
+    run.assert_same_bits_as(reference)
+
+
+def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN)
+    run.wait_for_step(20)
+    cluster.run("scancel", run.job)
+    assert cluster.wait_for_end(run.job, run.log)["JobState"] == "CANCELLED"
+    run.wait_until(lambda: bool(run.ends()), "the end of the life")
+    assert run.ends() == [("75", "none")]
+    assert "cancelled: stays stopped" in run.output()
+    assert run.status()["state"] == "preempted"
+    assert run.committed() == [run.status()["step"]]
+    assert cluster.job(run.job)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("to", [(), ("--batch",)], ids=["to the step", "to the batch shell"])
+def test_a_signal_of_the_user_saves_and_comes_back(
+    cluster: Cluster, tmp_path: Path, reference: Path, to: tuple[str, ...]
+) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN)
+    run.wait_for_step(20)
+    assert cluster.run("scancel", *to, "--signal=USR2", run.job)[0] == 0
+    run.wait_for_finish()
+    assert run.ends() == [("75", "again"), ("0", "none")]
+    run.assert_no_step_twice(STEPS)
+    run.assert_same_bits_as(reference)
+
+
+def test_where_slurm_does_not_requeue_a_successor_goes_on(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN, ("--nodes=2", "--ntasks-per-node=2", "--no-requeue"))
+    run.wait_for_step(20)
+    cluster.preempt()
+    run.wait_until(lambda: "Submitted batch job" in run.output(), "a successor")
+    run.job = run.output().partition("Submitted batch job ")[2].split()[0]
+    run.wait_for_finish()
+    assert run.ends() == [("75", "again"), ("0", "none")]
+    assert len({life["job"] for life in run.lives()}) == 2
+    assert len({life["chain"] for life in run.lives()}) == 1
+    run.assert_no_step_twice(STEPS)
+    run.assert_same_bits_as(reference)
