@@ -17,7 +17,7 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 life=${SLURM_RESTART_COUNT:-0}
 chain=${DDPM_CHAIN:-$job}
-deaths_allowed=3
+deaths_allowed=3 stalls_allowed=20
 
 say() { echo "slurm: job $job, life $life: $*" >&2; }
 status() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$run/status.json" 2>/dev/null | head -n 1; }
@@ -59,6 +59,14 @@ exit_code() {
     echo "${code#null}"
 }
 
+# Lives in a row that saved nothing new, this one included; $1=died: those of them that died.
+without_progress() {
+    of_chain '
+        field("event") == "begin" { if (start != field("saved")) count = 0; start = field("saved") }
+        field("'"${1:-next}"'") != "" { count++ }
+        END { print (start == "'"$(saved)"'") ? count + 1 : 0 }'
+}
+
 stay() { # WHY EXIT_CODE
     write "event=end code=${code:-none} saved=$(saved) seconds=$seconds next=none"
     say "$1"
@@ -76,6 +84,9 @@ again() { # WHY COMMAND...
     if [ "${TOTAL_MINUTES:-0}" -gt 0 ] && [ "$used" -ge $((TOTAL_MINUTES * 60)) ]; then
         stay "$why, but has used its $TOTAL_MINUTES minutes (TOTAL_MINUTES): stays stopped" "${code:-1}"
     fi
+    if [ "$(without_progress)" -ge "$stalls_allowed" ]; then
+        stay "$why, and $stalls_allowed lives in a row saved nothing new: stays stopped" "${code:-1}"
+    fi
     write "event=end code=${code:-none} saved=$(saved) seconds=$seconds next=again $died"
     say "$why: requeued"
     if scontrol requeue "$job"; then
@@ -90,7 +101,7 @@ again() { # WHY COMMAND...
 }
 
 end() {
-    local launcher=$1 deaths
+    local launcher=$1
     shift
     code=$(exit_code) died=""
     local began about=""
@@ -122,17 +133,12 @@ end() {
     case $code:$(of_job PreemptTime):$launcher in
         75:* | :2* | :*:143) again "$why" "$@" ;;
     esac
-    # Lives in a row that died and saved nothing new, this one included.
     died=died=1
-    deaths=$(of_chain '
-        field("event") == "begin" { start = field("saved") }
-        field("event") == "end" && start != field("saved") { count = 0 }
-        field("died") && start == field("saved") { count++ }
-        END { print count + (start == "'"$(saved)"'") }')
-    if [ "$deaths" -ge "$deaths_allowed" ]; then
-        stay "exit code ${code:-none}, and $deaths lives in a row saved nothing new: stays failed" "${code:-70}"
+    if [ "$(without_progress died)" -ge "$deaths_allowed" ]; then
+        stay "exit code ${code:-none}, and $deaths_allowed lives in a row died and saved nothing new: stays failed" \
+            "${code:-70}"
     fi
-    again "exit code ${code:-none} (launcher $launcher), life $deaths of $deaths_allowed without progress" "$@"
+    again "exit code ${code:-none} (launcher $launcher)" "$@"
 }
 
 "$action" "$@"

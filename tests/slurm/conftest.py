@@ -1,4 +1,4 @@
-"""A throw-away SLURM of three nodes for the tests of this folder: slurm/local-cluster, up once and always taken down."""
+"""A throw-away SLURM of three nodes for the tests of this folder: slurm/local-cluster, always taken down again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from harness import train
+from runs import CONFIG, RUN
 
 PROJECT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
@@ -158,3 +160,10 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
     deadline = time.monotonic() + 30
     while not running_cluster.is_idle() and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs.RUN, trained by one process without any cluster."""
+    overrides = (*RUN, "--config", CONFIG)
+    return train(1, tmp_path_factory.mktemp("reference"), *overrides, name="undisturbed", timeout=200)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import TINY, committed, metrics, state_differences, status, train
+from harness import TINY, committed, metrics, state_differences, status
 
 from ddpm_dist.run.lease import read_attempts
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from conftest import Cluster
 
 CONFIG = "configs/quickstart.yaml"
-BITWISE = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=1000")
+STEPS = 150
+RUN = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=1000", f"train.max_steps={STEPS}")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
@@ -93,9 +94,3 @@ class SubmittedRun:
 
     def committed(self) -> list[int]:
         return committed(self.directory)
-
-
-def undisturbed(root: Path, steps: int) -> Path:
-    """The same run by one process, with no cluster at all."""
-    overrides = (*BITWISE, f"train.max_steps={steps}")
-    return train(1, root, *overrides, "--config", CONFIG, name=f"undisturbed-{steps}", timeout=200)

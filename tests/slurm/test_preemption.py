@@ -6,21 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import metrics
-from runs import BITWISE, SubmittedRun, undisturbed
+from runs import RUN, STEPS, SubmittedRun
 
 if TYPE_CHECKING:
     from conftest import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
-
-STEPS = 150
-RUN = (*BITWISE, f"train.max_steps={STEPS}")
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp("reference"), STEPS)
 
 
 def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
@@ -67,6 +58,22 @@ def test_a_signal_of_the_user_saves_and_comes_back(
     run.wait_for_step(20)
     assert cluster.run("scancel", *to, "--signal=USR2", run.job)[0] == 0
     run.wait_for_finish()
+    assert run.ends() == [("75", "again"), ("0", "none")]
+    run.assert_no_step_twice(STEPS)
+    run.assert_same_bits_as(reference)
+
+
+def test_a_partition_that_cancels_instead_of_requeueing(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    cluster.run("scontrol", "update", "partition=low", "preemptmode=cancel")
+    try:
+        run = SubmittedRun(cluster, tmp_path, RUN)
+        run.wait_for_step(20)
+        cluster.preempt()
+        run.wait_until(lambda: len(run.attempts()) == 2, "the second attempt")
+        run.job = run.lives()[-1]["job"]
+        run.wait_for_finish()
+    finally:
+        cluster.run("scontrol", "update", "partition=low", "preemptmode=requeue")
     assert run.ends() == [("75", "again"), ("0", "none")]
     run.assert_no_step_twice(STEPS)
     run.assert_same_bits_as(reference)

@@ -1,0 +1,76 @@
+"""Waiting for submitted runs: rank 0's log as it grows, and how each run ended, without sacct."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_dist.errors import ExitCode
+from ddpm_dist.run.directory import RunDirectory
+
+POLL_SECONDS = 1.0
+_OVER = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE"}
+)
+
+
+def follow(job: Any, run: Path) -> int:
+    """Print the log of a submitit job until the job is over; returns the run's exit code. Ctrl-C only stops this."""
+    log, shown = Path(job.paths.stdout), 0
+    try:
+        while True:
+            over = is_over(job)
+            if log.exists():
+                with log.open("rb") as file:
+                    shown = min(shown, log.stat().st_size)
+                    file.seek(shown)
+                    new = file.read()
+                shown += len(new)
+                sys.stdout.write(new.decode(errors="replace"))
+                sys.stdout.flush()
+            if over:
+                return how_it_ended(run)
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        print(f"\nno longer followed; job {job.job_id} goes on", flush=True)
+        return 0
+
+
+def follow_all(jobs: Sequence[tuple[Any, Path]]) -> int:
+    """Say how each run of a sweep ended, as they end; returns the first exit code that is not 0."""
+    waiting, codes = list(jobs), []
+    try:
+        while waiting:
+            for job, run in [pair for pair in waiting if is_over(pair[0])]:
+                waiting.remove((job, run))
+                codes.append(how_it_ended(run))
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        print(f"\nno longer followed; {len(waiting)} job(s) go on", flush=True)
+        return 0
+    return next((code for code in codes if code), 0)
+
+
+def is_over(job: Any) -> bool:
+    """Of a job that SLURM knows no more, too; a requeued one is not over."""
+    if "SlurmJob" not in type(job).__name__:
+        return bool(job.done())
+    asked = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", str(job.job_id)], capture_output=True, text=True, timeout=60
+    )
+    if asked.returncode:
+        return "Invalid job id" in asked.stderr  # else the controller does not answer just now
+    state = next((field for field in asked.stdout.split() if field.startswith("JobState=")), "")
+    return state.removeprefix("JobState=") in _OVER
+
+
+def how_it_ended(run: Path) -> int:
+    """Says it, and returns the exit code in status.json; 70 where an attempt left no word."""
+    status = RunDirectory(run).read_status()
+    print(f"{run}: {status.get('state', 'did not start')} at step {status.get('step', 0)}: {status.get('reason', '')}")
+    code = status.get("exit_code")
+    return code if isinstance(code, int) else int(ExitCode.SOFTWARE)

@@ -1,0 +1,110 @@
+"""A real SLURM whose nodes die, and runs that cannot go on: what can be saved comes back, what cannot stays failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import metrics
+from runs import RUN, SubmittedRun
+
+if TYPE_CHECKING:
+    from conftest import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
+
+
+def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    run = SubmittedRun(cluster, tmp_path, (*RUN, "checkpoint.every=10"))
+    run.wait_for_step(25)
+    cluster.control("crash", "node2")
+    try:
+        run.wait_for_finish(180)
+    finally:
+        cluster.control("restore", "node2")
+    assert [life["nodes"] for life in run.lives() if life["event"] == "begin"] == ["node[1-2]", "node[1,3]"]
+    assert run.attempts()[1]["start_step"] >= 10, "it started over"
+    run.assert_same_bits_as(reference)
+
+
+def test_a_life_that_slurm_believes_dead_writes_nothing_any_more(cluster: Cluster, tmp_path: Path) -> None:
+    """Only slurmd dies; the tasks train on while the job comes back on another node."""
+    keys = ("optim.warmup_steps=2", "train.max_steps=12000", "checkpoint.every=50", "checkpoint.keep_last=2")
+    run = SubmittedRun(cluster, tmp_path, keys, ONE_NODE)
+    run.wait_for_step(60)
+    cluster.control("crash-slurmd", "node1")
+    try:
+        run.wait_for_step(60, attempt=2, timeout=120)
+        run.wait_until(lambda: run.attempts()[0].get("ended") is not None, "the end of the first life", 60)
+        cluster.run("scancel", run.job)
+        run.wait_until(lambda: bool(run.ends()), "the end of the second life")
+    finally:
+        cluster.control("restore", "node1")
+    first, second = run.attempts()
+    assert first["exit_code"] == 76
+    assert "taken over" in first["reason"]
+    attempts = [line["attempt"] for line in metrics(run.directory)]
+    assert attempts == sorted(attempts), "the first life wrote after the second had begun"
+    assert second["start_step"] >= 50, "it started over"
+    assert run.ends() == [("75", "none")], "the first life had nothing to decide any more"
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "words"),
+    [
+        ("optim.learning=1", 78, "optim.learning"),
+        ("data.root=/nowhere", 65, "/nowhere"),
+    ],
+)
+def test_a_broken_config_fails_once(cluster: Cluster, tmp_path: Path, key: str, code: int, words: str) -> None:
+    folder = ("data.name=folder", "data.image_size=28") if key.startswith("data") else ()
+    run = SubmittedRun(cluster, tmp_path, (*RUN, *folder, key), ONE_NODE)
+    fields = cluster.wait_for_end(run.job, run.log)
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0")
+    assert fields["ExitCode"] == f"{code}:0"
+    errors = [line for line in run.output().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, run.output()
+    assert words in errors[0]
+
+
+def test_a_training_that_always_crashes_is_tried_three_times(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    # Real deaths of real workers: Python imports this before anything else.
+    (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 11)\n")
+    monkeypatch.setitem(cluster.environment, "PYTHONPATH", f"{bad}:{cluster.environment['PYTHONPATH']}")
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    fields = cluster.wait_for_end(run.job, run.log, 150)
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2")
+    assert [end[1] for end in run.ends()] == ["again", "again", "none"]
+    assert "3 lives in a row died and saved nothing new: stays failed" in run.output()
+
+
+def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
+    cluster: Cluster, tmp_path: Path, reference: Path
+) -> None:
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    run.wait_for_step(2)
+    log = tmp_path / "second.out"
+    second = run.submit(ONE_NODE, log)
+    fields = cluster.wait_for_end(second, log)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "78:0", "0")
+    assert f"is being trained by attempt 1 (host node1, pid {run.attempts()[0]['pid']}, SLURM job {run.job})" in (
+        log.read_text()
+    )
+    run.wait_for_finish()
+    run.assert_same_bits_as(reference)
+
+
+def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    half = ("--nodes=1", "--ntasks=1", "--nodelist=node1")
+    runs = [SubmittedRun(cluster, tmp_path, RUN, half, name=name) for name in ("one", "other")]
+    for run in runs:
+        run.wait_for_finish()
+        run.assert_same_bits_as(reference)
+    assert all(life["nodes"] == "node1" for run in runs for life in run.lives() if "nodes" in life)
