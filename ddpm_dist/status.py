@@ -4,8 +4,8 @@
     python -m ddpm_dist.status --json runs/mnist
 
 goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
-          were trained again after a kill, starting, saving, drawing, waiting for lost ranks. The wait for a machine
-          between two attempts belongs to none of them.
+          were trained again after a kill, starting, saving, drawing, waiting for lost ranks. An attempt's time begins
+          when it claims the run: the wait for a machine and the start of Python come before.
 lost      steps of an attempt that a later one trained again, or must, as far as metrics.jsonl knows them.
 ETA       steps left times the recent wall time of a step.
 
@@ -29,6 +29,7 @@ from ddpm_dist.evaluation.report import AttemptReport, Report, read_report
 from ddpm_dist.run.nodes import compress
 
 HEADINGS = ("attempt", "started", "took", "ranks", "nodes", "steps", "saved", "lost", "how it ended")
+MAX_REASON = 80  # characters, in the table
 TO_THE_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
 
 
@@ -121,8 +122,13 @@ def _ending(attempt: AttemptReport) -> str:
     words = {"died": "died without a word", "left": "left before it began", "unknown": "not known"}
     said = words.get(record.how, record.how)
     if record.reason and record.how != "finished":
-        said += f": {record.reason}"
-    return said + (f" (on {record.failed_node})" if record.failed_node else "")
+        said += f": {_without_middle(record.reason)}"
+    return said + (f" (on {record.failed_node})" if record.failed_node and len(record.nodes) > 1 else "")
+
+
+def _without_middle(text: str) -> str:
+    """For the table: gloo's and NCCL's words are long, and the names of the silent ranks come last."""
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 2]} ... {text[-MAX_REASON // 2 :]}"
 
 
 def _totals(report: Report) -> str:

@@ -2,7 +2,8 @@
 
 goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
           were trained again after a kill (or are going to be), starting, saving, drawing, waiting for lost ranks.
-          The wait for a machine between two attempts belongs to none of them.
+          An attempt's time begins when it claims the run: the wait for a machine, the start of Python and the first
+          meeting of the ranks come before.
 lost      the steps of an attempt that were trained again: those beyond the checkpoint from which a later attempt
           went on. As many as metrics.jsonl knows, so up to train.log_every - 1 too few.
 """
@@ -150,7 +151,8 @@ def make_report(
     step = as_count(status.get("step")) if reached is None else reached
     pace = seconds_per_step(logged, batch_size)
     left = None
-    if target is not None and state != "finished" and status.get("exit_code") != ExitCode.NO_PROGRESS:
+    hopeless = state == "failed" and records[-1:] and records[-1].exit_code == ExitCode.NO_PROGRESS
+    if target is not None and state != "finished" and not hopeless:
         left = max(0, target - ((step if state == "running" else saved) or 0))
     seconds = sum(each.seconds for each in attempts)
     can_tell = seconds > 0 and batch_size is not None

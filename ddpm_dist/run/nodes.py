@@ -76,8 +76,8 @@ class Suspicion:
         said = f"{names}: {self.died} of {'its' if one else 'their'} {self.attempts} attempts died"
         if self.attempts_elsewhere:
             said += f", {self.died_elsewhere} of {self.attempts_elsewhere} elsewhere"
-        if self.named:
-            said += f"; the rank at fault sat there {self.named} times" if self.named > 1 else ""
+        if self.named > 1:
+            said += f"; the rank at fault is known to have sat there {self.named} times"
         if self.besides:
             said += f" (without the deaths on {compress(self.besides)})"
         if not one:
@@ -158,8 +158,8 @@ def why_nobody(outcomes: Iterable[Outcome]) -> str:
         return f"{count}; no node stands out"
     nodes = known[0].nodes
     if len(nodes) == 1:
-        return f"{count}, all of them on {nodes[0]}: without an attempt elsewhere nothing speaks against the node"
-    return f"{count}, all of them on the same nodes ({compress(nodes)}): nothing tells these apart, so none is named"
+        return f"{count}, but all {len(known)} ran on {nodes[0]}: nothing tells whether it is the node"
+    return f"{count}, but all {len(known)} ran on the same nodes ({compress(nodes)}): nothing tells which of them it is"
 
 
 def compress(names: Iterable[str]) -> str:
