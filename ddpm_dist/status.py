@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from ddpm_dist.evaluation.report import AttemptReport, Report, read_report
 from ddpm_dist.run.nodes import compress
 
 HEADINGS = ("attempt", "started", "took", "ranks", "nodes", "steps", "saved", "lost", "how it ended")
-MAX_REASON = 80  # characters, in the table
+MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json has them whole
 TO_THE_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
 
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_all(args.run_directories, args.json)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `status ... | head` has seen enough; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _print_all(paths: Sequence[Path], as_json: bool) -> int:
@@ -109,12 +113,19 @@ def _row(attempt: AttemptReport) -> tuple[str, ...]:
         "-" if record.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started)),
         "-" if record.started is None else duration(attempt.seconds),
         "-" if record.world_size is None else str(record.world_size),
-        compress(record.nodes) or "-",
+        _nodes(record.nodes),
         steps,
         "-" if record.saved_step is None else str(record.saved_step),
         str(attempt.lost),
         _ending(attempt),
     )
+
+
+def _nodes(nodes: Sequence[str]) -> str:
+    names = compress(nodes)
+    if not names:
+        return "-"
+    return names if len(names) <= MAX_NODES else f"{len(nodes)} nodes from {nodes[0]} on"
 
 
 def _ending(attempt: AttemptReport) -> str:

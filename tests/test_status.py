@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from harness import call_train, metrics, snapshot, start, train, wait_for_step
 
 from ddpm_dist.status import duration, main
 
+ROOT = Path(__file__).parent.parent
 LONG = ("train.max_steps=60", "checkpoint.every=10", "distributed.timeout_seconds=5")
 
 
@@ -117,6 +120,28 @@ def test_an_attempt_that_died_in_its_first_second_is_a_run_and_says_where(tmp_pa
     assert not (tmp_path / "run" / "config.yaml").exists()
     (attempt,) = facts(tmp_path / "run")["attempts"]
     assert (attempt["how"], attempt["nodes"], attempt["lost"]) == ("died", ["node0"], 0)
+
+
+def test_many_nodes_do_not_fill_the_screen(run: Path) -> None:
+    path = run / "attempts" / "00001.json"
+    nodes = [f"gpu{number:03d}" for number in range(0, 200, 3)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": nodes}))
+    assert "67 nodes from gpu000 on" in show(run)[2]
+    assert facts(run)["attempts"][0]["nodes"] == nodes
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(finished: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "ddpm_dist.status", str(finished)],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_where_there_is_no_run_one_line_says_so_and_the_others_are_shown(

@@ -91,7 +91,8 @@ class Report:
         for each in self.attempts:
             flat = dataclasses.asdict(each)
             attempts.append(flat.pop("record") | flat)
-        return dataclasses.asdict(self) | {"attempts": attempts}
+        suspicions = [dataclasses.asdict(each) | {"advice": str(each)} for each in self.suspicions]
+        return dataclasses.asdict(self) | {"attempts": attempts, "suspicions": suspicions}
 
 
 def read_report(path: Path) -> Report:
