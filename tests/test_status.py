@@ -20,7 +20,7 @@ from harness import call_train, metrics, snapshot, start, train, wait_for_step
 from ddpm_dist.status import duration, main
 
 ROOT = Path(__file__).parent.parent
-LONG = ("train.max_steps=60", "checkpoint.every=10", "distributed.timeout_seconds=5")
+LONG = ("train.max_steps=100", "checkpoint.every=20", "distributed.timeout_seconds=5")
 
 
 def call_train_on_a_node_of_its_own(argv: Sequence[str]) -> int:
@@ -97,7 +97,7 @@ def test_steps_trained_again_are_those_lost(finished: Path) -> None:
 
 def test_totals_add_up(finished: Path) -> None:
     said = facts(finished)
-    assert (said["state"], said["step"], said["target"], said["steps_left"]) == ("finished", 60, 60, None)
+    assert (said["state"], said["step"], said["target"], said["steps_left"]) == ("finished", 100, 100, None)
     assert 0 < said["goodput"] < said["goodput"] + said["lost_share"] < 1
     assert said["seconds"] == pytest.approx(sum(each["seconds"] for each in said["attempts"]))
 
@@ -105,7 +105,7 @@ def test_totals_add_up(finished: Path) -> None:
 def test_the_report_names_the_node_on_which_attempts_die(finished: Path) -> None:
     before = snapshot(finished)
     text = show(finished)
-    assert text[0] == f"{finished}: finished at step 60 of 60 (100.0%), step 60 is saved: target reached"
+    assert text[0] == f"{finished}: finished at step 100 of 100 (100.0%), step 100 is saved: target reached"
     assert [line.split()[0] for line in text[1:5]] == ["attempt", "1", "2", "3"]
     assert text[2].endswith("died without a word")
     assert "node0,node1" in text[2]
