@@ -17,9 +17,14 @@ class ExitCode(enum.IntEnum):
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says, in one line, what, where, and what would be valid."""
+    """Something the user can mend. The message says, in one line, what, where, and what would be valid.
+
+    Attributes:
+        ranks: who met it, where that was another rank than the one that says it.
+    """
 
     exit_code = ExitCode.CONFIG
+    ranks: tuple[int, ...] = ()
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))

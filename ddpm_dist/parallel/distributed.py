@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, UserError
-from ddpm_dist.parallel.environment import RankEnvironment, rendezvous_from_slurm
-from ddpm_dist.parallel.failures import RankLost, RankZeroFailed, user_error
+from ddpm_dist.parallel.environment import RankEnvironment, node_name, rendezvous_from_slurm
+from ddpm_dist.parallel.failures import Failure, RankLost, RankZeroFailed, user_error
 from ddpm_dist.parallel.interface import choose_interface
 from ddpm_dist.parallel.watchdog import Watchdog
 
@@ -65,6 +65,9 @@ class Ranks:
         device: decides the backend, NCCL for CUDA and gloo for CPU.
         timeout_seconds: a collective that takes longer is an error, and so is a rank 0 silent for so long.
         stop_requested: whether this process was asked to stop.
+
+    Attributes:
+        nodes: on rank 0, the node of every rank, by rank.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Ranks:
         self.failure_is_shared = False  # whether the error that ends us is known to all ranks
         self._pending_wish: tuple[dist.Work, Tensor] | None = None
         self.watchdog: Watchdog | None = None
+        self.nodes = [node_name()]
         if self.world_size > 1:
             self._connect(env, timedelta(seconds=timeout_seconds))
 
@@ -92,6 +96,7 @@ class Ranks:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun --max-restarts keeps its store over the lives of the ranks, stale keys and all.
         store = dist.PrefixStore(f"life/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store.set(f"node/{rank}", node_name())
         if env.local_world_size < world_size:
             choose_interface(dist.PrefixStore("interface", store), rank, world_size)
         watched = dist.PrefixStore("watchdog", store.clone())
@@ -117,6 +122,8 @@ class Ranks:
         self._beats = dist.PrefixStore("watchdog", store)
         # Flags travel on the CPU and in a group of their own, so that they never wait for a GPU.
         self._flags = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        if self.is_zero:
+            self.nodes = [store.get(f"node/{each}").decode() for each in range(world_size)]
 
     @property
     def is_zero(self) -> bool:
@@ -273,7 +280,7 @@ class Ranks:
                 if beat != last_beat:
                     last_beat, last_change = beat, now
                 elif now - last_change > self._timeout_seconds:
-                    raise RankLost(f"rank 0 has been silent for {self._timeout_seconds:g} s")
+                    raise RankLost(f"rank 0 has been silent for {self._timeout_seconds:g} s", [0])
             time.sleep(POLL_SECONDS)
         outcome = json.loads(self._store.get(f"{name}/outcome"))
         if "stopped" in outcome:
@@ -304,7 +311,7 @@ class Ranks:
             for rank in range(1, self.world_size):
                 outcome = json.loads(self._await_from(rank, f"{name}/{rank}", should_stop))
                 if outcome["failed"]:
-                    raise user_error(outcome["failed"], outcome["message"])
+                    raise user_error(outcome["failed"], outcome["message"], rank)
 
         if not self.is_zero:
             outcome: dict[str, Any] = {"failed": 0}
@@ -330,7 +337,7 @@ class Ranks:
             if beat != last_beat:
                 last_beat, last_change = beat, time.monotonic()
             elif time.monotonic() - last_change > self._timeout_seconds:
-                raise RankLost(f"rank {rank} has been silent for {self._timeout_seconds:g} s")
+                raise RankLost(f"rank {rank} has been silent for {self._timeout_seconds:g} s", [rank])
             time.sleep(POLL_SECONDS)
         return self._store.get(key)
 
@@ -345,25 +352,26 @@ class Ranks:
         """Leave word of why this rank ends alone; rank 0 finds it in `reported_failure`."""
         if self.world_size > 1 and not self.is_zero:
             with contextlib.suppress(RuntimeError):
-                self._store.set("failure", json.dumps([exit_code, f"rank {self.rank}: {reason}"]))
+                self._store.set("failure", json.dumps([exit_code, self.rank, reason]))
 
-    def reported_failure(self) -> tuple[int, str] | None:
-        """(exit code, reason) of a rank that ended alone, if one left word."""
+    def reported_failure(self) -> Failure | None:
+        """Of a rank that ended alone, if one left word."""
         if self.world_size == 1:
             return None
         with contextlib.suppress(RuntimeError):
             if self._store.check(["failure"]):
-                exit_code, reason = json.loads(self._store.get("failure"))
-                return exit_code, reason
+                exit_code, rank, reason = json.loads(self._store.get("failure"))
+                return Failure(exit_code, f"rank {rank}: {reason}", (rank,))
         return None
 
     def lost(self, error: BaseException) -> RankLost:
         """The error of a collective, with the names of the ranks that give no sign of life. Takes seconds."""
-        who = ""
+        who, ranks = "", getattr(error, "ranks", ())
         if self.watchdog is not None:
             self.watchdog.disarm()
             who = f"; {self.watchdog.who_is_silent()}"
-        return RankLost(f"lost contact to another rank ({' '.join(str(error).split())}){who}")
+            ranks = self.watchdog.silent or ranks
+        return RankLost(f"lost contact to another rank ({' '.join(str(error).split())}){who}", ranks)
 
     def leave(self) -> None:
         """Ends the process group once every rank is here, so that no rank exits under another. Collective."""

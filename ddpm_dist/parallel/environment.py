@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ def _first_host(nodes: str) -> str:
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
     )
     return answer.stdout.split()[0]
+
+
+def node_name(environ: Mapping[str, str] | None = None) -> str:
+    """This machine by the name that `sbatch --exclude` wants, which need not be its host name; else its host name."""
+    env = os.environ if environ is None else environ
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def cpu_threads(world: RankEnvironment, environ: Mapping[str, str] | None = None) -> int:

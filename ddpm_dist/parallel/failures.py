@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch.distributed as dist
 
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
@@ -16,7 +19,28 @@ class RankZeroFailed(Exception):
 
 
 class RankLost(RuntimeError):
-    """Another rank is dead or hangs."""
+    """Another rank is dead or hangs.
+
+    Attributes:
+        ranks: which, as far as that is known.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job ends, as rank 0 is to say it.
+
+    Attributes:
+        ranks: the other ranks at fault, as far as they are known.
+    """
+
+    exit_code: int
+    reason: str
+    ranks: tuple[int, ...] = ()
 
 
 def is_lost_contact(error: BaseException) -> bool:
@@ -26,8 +50,8 @@ def is_lost_contact(error: BaseException) -> bool:
     )
 
 
-def user_error(exit_code: int, message: str) -> UserError:
+def user_error(exit_code: int, message: str, rank: int) -> UserError:
     """Another rank's error, for rank 0 to say."""
     error = DataError(message) if exit_code == ExitCode.DATA else ConfigError(message)
-    error.exit_code = ExitCode(exit_code)
+    error.exit_code, error.ranks = ExitCode(exit_code), (rank,)
     return error

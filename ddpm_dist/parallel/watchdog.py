@@ -34,6 +34,9 @@ class Watchdog:
         rank, world_size: of this process.
         timeout_seconds: distributed.timeout_seconds.
         stop_requested: whether this process was asked to stop.
+
+    Attributes:
+        silent: the ranks that the last `who_is_silent` named.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Watchdog:
         self._last_tick: float | None = None  # None: not armed
         self._ticks = 0
         self._longest_step = 0.0
+        self.silent: tuple[int, ...] = ()
         self._stop_seen: float | None = None
         self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended
         self._leave = threading.Event()
@@ -91,6 +95,7 @@ class Watchdog:
                 silent = [rank for rank, beats in enumerate(before) if after[rank] == beats and rank != self._rank]
             answered.set()
 
+        self.silent = ()
         answered = threading.Event()
         threading.Thread(target=look, daemon=True).start()
         if not answered.wait(3 * BEAT_SECONDS + STORE_SECONDS):
@@ -99,6 +104,7 @@ class Watchdog:
             return "the store is gone, and with it rank 0 or torchrun's first agent"
         if not silent:
             return "every rank gives signs of life"
+        self.silent = tuple(silent)
         return f"silent: rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
 
     def _beats(self) -> list[int]:

@@ -211,6 +211,6 @@ def _start_time(pid: Any) -> int | None:
     """In clock ticks since boot; None if there is no such process, or it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: edited by hand into what is no name of a file
         return None
     return None if fields[0] in "ZX" else int(fields[19])

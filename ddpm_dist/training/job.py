@@ -20,7 +20,7 @@ from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, TakenOver
 from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.parallel.distributed import Ranks, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
-from ddpm_dist.parallel.failures import RankZeroFailed, is_lost_contact
+from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
 from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.preemption import StopSignal
@@ -88,7 +88,7 @@ class Job:
         self.config, self.ranks, self.stop = config, ranks, stop
         self.directory = RunDirectory(config.directory)
         self.store = CheckpointStore(self.directory.checkpoints, lambda: self.directory.fence())
-        self.starter = Starter(config, self.directory, self.store, ranks.world_size)
+        self.starter = Starter(config, self.directory, self.store, ranks.world_size, ranks.nodes)
         self.saver: Saver | None = None
         if ranks.watchdog is not None:
             ranks.watchdog.last_words = self._end_wordless
@@ -239,10 +239,17 @@ class Job:
             if not isinstance(error, RankZeroFailed) and not is_lost_contact(error):
                 self.ranks.report_failure(int(code), reason)
             return
+        failure = Failure(int(code), reason, getattr(error, "ranks", ()))
         if is_lost_contact(error):
-            code, reason = self.ranks.reported_failure() or (code, str(error))
-        self._ended = {"state": "failed", "reason": reason, "exit_code": int(code)}
-        self._write_failed(reason, code)
+            failure = self.ranks.reported_failure() or dataclasses.replace(failure, reason=str(error))
+        self._end_failed(failure)
+
+    def _end_failed(self, failure: Failure) -> None:
+        self._ended = {"state": "failed", "reason": failure.reason, "exit_code": failure.exit_code}
+        nodes = {self.ranks.nodes[rank] for rank in failure.ranks}
+        if len(nodes) == 1:  # ranks of several nodes fall silent when one of them has killed the job
+            self._ended["failed_node"] = nodes.pop()
+        self._write_failed(failure.reason, failure.exit_code)
 
     def _write_failed(self, reason: str, code: int) -> None:
         """Whoever reads status.json must not find the words of an earlier attempt."""
@@ -264,8 +271,9 @@ class Job:
     def _end_wordless(self, reason: str) -> None:
         """From the watchdog: the main thread will not come back."""
         if self.ranks.is_zero:
-            code, reason = self.ranks.reported_failure() or (ExitCode.SOFTWARE, reason)
-            self._write_failed(reason, code)
+            silent = self.ranks.watchdog.silent if self.ranks.watchdog else ()
+            self._end_failed(self.ranks.reported_failure() or Failure(ExitCode.SOFTWARE, reason, silent))
+            self.release()
 
     def release(self) -> None:
         """Let the next attempt in, and say how this one ended."""

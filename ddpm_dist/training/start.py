@@ -36,12 +36,18 @@ class Start:
 class Starter:
     """Looks at a run directory. `find` is for rank 0, the rest for every rank.
 
+    Args:
+        nodes: the node of every rank, by rank; only rank 0's counts.
+
     Attributes:
         lease: the right to write, once `find` has claimed it.
     """
 
-    def __init__(self, config: Config, directory: RunDirectory, store: CheckpointStore, world_size: int) -> None:
-        self.config, self.directory, self.store, self.world_size = config, directory, store, world_size
+    def __init__(
+        self, config: Config, directory: RunDirectory, store: CheckpointStore, world_size: int, nodes: list[str]
+    ) -> None:
+        self.config, self.directory, self.store = config, directory, store
+        self.world_size, self.nodes = world_size, nodes
         self.lease: Lease | None = None
 
     def target(self, num_images: int) -> int:
@@ -86,7 +92,9 @@ class Starter:
             time.sleep(seconds)
 
         at_least = self.directory.read_status().get("attempt", 0) + 1
-        self.lease = claim(self.directory.attempts, {"world_size": self.world_size}, at_least, wait)
+        # In the claim itself: an attempt that dies in its first second has said where.
+        facts = {"world_size": self.world_size, "nodes": list(dict.fromkeys(self.nodes))}
+        self.lease = claim(self.directory.attempts, facts, at_least, wait)
         self.directory.fence = self.lease.check
 
     def _look_for_checkpoint(self, changed: list[str]) -> Start:

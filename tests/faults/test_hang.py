@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -59,6 +60,11 @@ def test_a_stop_signal_ends_a_rank_that_waits_for_one_that_hangs(tmp_path: Path)
         assert job.processes[0].exitcode == 70
         assert "of a stop signal; silent: rank 1" in job.output()
     assert status(tmp_path / "run")["state"] == "failed"
+    attempt = json.loads((tmp_path / "run" / "attempts" / "00001.json").read_text())
+    assert (attempt["state"], attempt["exit_code"]) == ("failed", 70)
+    assert attempt["ended"] is not None
+    assert "silent: rank 1" in attempt["reason"]
+    assert attempt["failed_node"] == attempt["nodes"][0], "both ranks sit on this machine"
 
 
 def call_train_dying_at_its_data(argv: Sequence[str]) -> int:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 from typing import Any
 
 import pytest
 
 from ddpm_dist.errors import ConfigError
-from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads, read_environment, rendezvous_from_slurm
+from ddpm_dist.parallel.environment import (
+    RankEnvironment,
+    cpu_threads,
+    node_name,
+    read_environment,
+    rendezvous_from_slurm,
+)
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01"}
 SLURM_JOB = {
@@ -226,3 +233,11 @@ def test_a_slurm_task_that_asked_for_no_cores_has_one() -> None:
 def test_garbage_for_the_cores_is_refused_or_passed_over(launcher: str, garbage: str) -> None:
     with contextlib.suppress(ConfigError):
         assert 1 <= cpu_threads(world(launcher, 2), {"SLURM_CPUS_PER_TASK": garbage}) <= 16
+
+
+# Nodes
+
+
+def test_a_node_has_the_name_that_exclude_wants() -> None:
+    assert node_name({"SLURMD_NODENAME": "gpu03"}) == "gpu03"
+    assert node_name({}) == node_name({"SLURMD_NODENAME": ""}) == socket.gethostname()

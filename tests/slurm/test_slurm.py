@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -59,6 +60,11 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in metrics(run)]
 
 
+def nodes(run: Path) -> list[str]:
+    """Of the first attempt, as its log says."""
+    return list(json.loads((run / "attempts" / "00001.json").read_text())["nodes"])
+
+
 @pytest.fixture(scope="module")
 def srun_run(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that srun trained on two nodes, with no other launcher."""
@@ -79,6 +85,7 @@ def one_process_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_srun_trains_one_run_across_two_nodes(srun_run: Path, one_process_losses: list[float]) -> None:
     assert (status(srun_run)["state"], status(srun_run)["world_size"]) == ("finished", 2)
     assert committed(srun_run) == [3, 6]
+    assert nodes(srun_run) == ["node1", "node2"]
     assert losses(srun_run) == pytest.approx(one_process_losses, rel=1e-4)
 
 
@@ -97,6 +104,7 @@ def test_sbatch_ends_with_the_same_bits_as_srun(
     assert code == 0, output
     run = tmp_path / "batch"
     assert (status(run)["state"], status(run)["world_size"]) == ("finished", 2)
+    assert nodes(run) == ["node1", "node2"], "every node once, as --exclude wants it"
     assert state_differences(srun_run, run) == []
     assert losses(run) == pytest.approx(one_process_losses, rel=1e-4)
 

@@ -1,0 +1,186 @@
+"""What happened to a run: its attempts, on which nodes, how they ended, what was lost, and when it will be done.
+
+    python -m ddpm_dist.status runs/mnist runs/cifar10
+    python -m ddpm_dist.status --json runs/mnist
+
+goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
+          were trained again after a kill, starting, saving, drawing, waiting for lost ranks. An attempt's time begins
+          when it claims the run: the wait for a machine and the start of Python come before.
+lost      steps of an attempt that a later one trained again, or must, as far as metrics.jsonl knows them.
+ETA       steps left times the recent wall time of a step.
+
+A node is named if at least two attempts died on it (without a word, or with exit code 70) and markedly more died with
+it than without it. Preemptions are no deaths. Nothing is written, and no run is disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.errors import UserError
+from ddpm_dist.evaluation.report import AttemptReport, Report, read_report
+from ddpm_dist.run.nodes import compress
+
+HEADINGS = ("attempt", "started", "took", "ranks", "nodes", "steps", "saved", "lost", "how it ended")
+MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json has them whole
+TO_THE_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandLine(prog="python -m ddpm_dist.status", description=__doc__)
+    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--json", action="store_true", help="the same facts as a JSON list, one object a run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+    except UserError as error:
+        return refuse(error)
+    try:
+        return _print_all(args.run_directories, args.json)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `status ... | head` has seen enough; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _print_all(paths: Sequence[Path], as_json: bool) -> int:
+    worst, reports = 0, []
+    # At once, since a run whose machine fell silent is watched for some seconds.
+    with ThreadPoolExecutor(8) as threads:
+        for number, future in enumerate([threads.submit(read_report, path) for path in paths]):
+            try:
+                report = future.result()
+            except (UserError, OSError) as error:
+                worst = max(worst, refuse(error))
+                continue
+            reports.append(report)
+            if not as_json:
+                print(("\n" if number else "") + "\n".join(describe(report)), flush=True)
+    if as_json:
+        print(json.dumps([report.as_json() for report in reports], indent=2))
+    return worst
+
+
+def describe(report: Report) -> list[str]:
+    """A report as lines of text."""
+    lines = [_headline(report)]
+    if report.attempts:
+        lines += _table(report.attempts)
+    lines += [f"  {line}" for line in (_totals(report), _outlook(report)) if line]
+    lines += [f"  {suspicion}" for suspicion in report.suspicions]
+    return lines + ([f"  {report.nodes_note}"] if report.nodes_note else [])
+
+
+def _headline(report: Report) -> str:
+    state = "died without a word" if report.state == "died" else report.state
+    where = "" if report.step is None else f" at step {report.step}"
+    if report.step is not None and report.target:
+        where += f" of {report.target} ({report.step / report.target:.1%})"
+    saved = "" if report.saved_step is None else f", step {report.saved_step} is saved"
+    return f"{report.run}: {state}{where}{saved}" + (f": {report.reason}" if report.reason else "")
+
+
+def _table(attempts: Sequence[AttemptReport]) -> list[str]:
+    rows = [HEADINGS, *(_row(each) for each in attempts)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if heading in TO_THE_RIGHT else cell.ljust(width)
+            for heading, cell, width in zip(HEADINGS, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _row(attempt: AttemptReport) -> tuple[str, ...]:
+    record = attempt.record
+    steps = "-" if record.start_step is None else f"{record.start_step} -> {attempt.reached}"
+    return (
+        str(record.number),
+        "-" if record.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started)),
+        "-" if record.started is None else duration(attempt.seconds),
+        "-" if record.world_size is None else str(record.world_size),
+        _nodes(record.nodes),
+        steps,
+        "-" if record.saved_step is None else str(record.saved_step),
+        str(attempt.lost),
+        _ending(attempt),
+    )
+
+
+def _nodes(nodes: Sequence[str]) -> str:
+    names = compress(nodes)
+    if not names:
+        return "-"
+    return names if len(names) <= MAX_NODES else f"{len(nodes)} nodes from {nodes[0]} on"
+
+
+def _ending(attempt: AttemptReport) -> str:
+    record = attempt.record
+    words = {"died": "died without a word", "left": "left before it began", "unknown": "not known"}
+    said = words.get(record.how, record.how)
+    if record.reason and record.how != "finished":
+        said += f": {_without_middle(record.reason)}"
+    return said + (f" (on {record.failed_node})" if record.failed_node and len(record.nodes) > 1 else "")
+
+
+def _without_middle(text: str) -> str:
+    """For the table: gloo's and NCCL's words are long, and the names of the silent ranks come last."""
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 2]} ... {text[-MAX_REASON // 2 :]}"
+
+
+def _totals(report: Report) -> str:
+    count = len(report.attempts)
+    if not count:
+        return ""
+    took = f"{duration(report.seconds)} in {count} attempt{'s' if count > 1 else ''}"
+    if report.goodput is None or report.lost_share is None:
+        return f"goodput not known; {took}"
+    other = max(0.0, 1 - report.goodput - report.lost_share)
+    lost = sum(each.lost for each in report.attempts)
+    return (
+        f"goodput {report.goodput:.1%} of {took}; {report.lost_share:.1%} went into {lost} lost steps, "
+        f"{other:.1%} into starting, saving and the rest"
+    )
+
+
+def _outlook(report: Report) -> str:
+    if report.steps_left is None:
+        return ""
+    left = f"{report.steps_left} steps left"
+    if report.seconds_left is None or report.seconds_per_step is None:
+        return f"ETA not known, {left}" if report.state == "running" else f"{left}; the same command resumes it"
+    left += f" at {report.seconds_per_step:.3g} s each"
+    if report.state == "running":
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(time.time() + report.seconds_left, 2.0**36)))
+        return f"ETA {at}, in {duration(report.seconds_left)}: {left}"
+    return f"{duration(report.seconds_left)} more once it is resumed by the same command: {left}"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 05 s`, `1 h 02 min`, `2 d 03 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if not hours:
+        return f"{minute} min {second:02d} s"
+    return f"{days} d {hour:02d} h" if days else f"{hour} h {minute:02d} min"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
