@@ -172,6 +172,8 @@ def _executor(request: Request, runs: Sequence[Request], args: argparse.Namespac
         executor.update_parameters(timeout_min=request.minutes or 365 * 24 * 60)
     if args.cluster == "slurm":
         executor.update_parameters(**{f"slurm_{name}": value for name, value in _slurm(request, runs, args).items()})
+        # None: the partition's default, where submitit's is 5 minutes; and no key that accounting might not know.
+        executor._executor.update_parameters(time=request.minutes, wckey=None)
     return executor
 
 
@@ -183,8 +185,6 @@ def _slurm(request: Request, runs: Sequence[Request], args: argparse.Namespace) 
     chosen = {name: getattr(request, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
     return {
         **{name: value for name, value in chosen.items() if value is not None},
-        "time": request.minutes,  # None: the partition's default, where submitit's would be 5 minutes
-        "wckey": None,  # submitit's default, which accounting refuses where keys are checked
         "signal_delay_s": request.signal_seconds,
         "array_parallelism": args.at_once,
         "setup": _setup(request, runs),

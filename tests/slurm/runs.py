@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from harness import TINY, committed, metrics, state_differences, status
 from ddpm_dist.run.lease import read_attempts
 
 if TYPE_CHECKING:
-    from conftest import Cluster
+    from cluster import Cluster
 
 CONFIG = "configs/quickstart.yaml"
 STEPS = 150
@@ -21,14 +22,13 @@ TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
 
 class SubmittedRun:
-    """One run, one job.
+    """One run, one job, submitted with slurm/train.sbatch.
 
     Args:
         cluster: where.
         root: run.root; the job's log lies there too.
-        options: of sbatch.
         overrides: of the config.
-        nice: leave the processor to others where they want it.
+        options: of sbatch.
     """
 
     def __init__(
@@ -94,3 +94,17 @@ class SubmittedRun:
 
     def committed(self) -> list[int]:
         return committed(self.directory)
+
+
+class SubmititRun(SubmittedRun):
+    """The same by launch.submit, which takes options of its own."""
+
+    def submit(self, options: Sequence[str], log: Path | None = None) -> str:
+        own = [option.replace("--ntasks-per-node", "--tasks-per-node") for option in options]
+        keys = (*TINY, f"run.root={self.root}", f"run.name={self.name}", *self.overrides)
+        argv = (sys.executable, "-m", "launch.submit", "--config", CONFIG, *own, *keys)
+        code, output = self.cluster.run(*argv)
+        assert code == 0, output
+        job = output.partition("job ")[2].partition(":")[0]
+        self.log = self.root / ".submitit" / self.name / job / f"{job}_0_log.out"
+        return job

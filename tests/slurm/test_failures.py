@@ -10,7 +10,7 @@ from harness import metrics
 from runs import RUN, SubmittedRun
 
 if TYPE_CHECKING:
-    from conftest import Cluster
+    from cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from runs import RUN, STEPS, SubmittedRun
-
-if TYPE_CHECKING:
-    from conftest import Cluster
+from cluster import Cluster, cluster_of
+from runs import RUN, STEPS, SubmititRun, SubmittedRun
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
-def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN)
+@pytest.fixture(scope="module")
+def user_signal_cluster() -> Iterator[Cluster]:
+    """With preempt_send_user_signal: a preempted job gets its --signal instead of SIGTERM."""
+    with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "0", "--preempt-user-signal") as other:
+        yield other
+
+
+@pytest.mark.parametrize("kind", [SubmittedRun, SubmititRun], ids=["sbatch", "submitit"])
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGUSR2"])
+def test_preempted_by_a_job_of_higher_priority(
+    request: pytest.FixtureRequest, tmp_path: Path, reference: Path, kind: type[SubmittedRun], signal: str
+) -> None:
+    cluster = request.getfixturevalue("cluster" if signal == "SIGTERM" else "user_signal_cluster")
+    run = kind(cluster, tmp_path, RUN)
     run.wait_for_step(20)
     cluster.preempt()
     run.wait_for_finish()
     assert run.ends() == [("75", "again"), ("0", "none")]
     assert {life["job"] for life in run.lives()} == {run.job}
+    assert run.attempts()[0]["reason"] == f"stopped by {signal}"
     run.assert_no_step_twice(STEPS)
     run.assert_same_bits_as(reference)
 

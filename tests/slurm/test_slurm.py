@@ -16,7 +16,7 @@ import pytest
 from harness import TINY, committed, metrics, snapshot, state_differences, status, train
 
 if TYPE_CHECKING:
-    from conftest import Cluster
+    from cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
 

@@ -1,0 +1,27 @@
+"""A job whose time is up comes back until the run is done, with a signal ahead of the limit and without one.
+
+A time limit takes a minute at least, so these jobs run, at low priority, beside the other tests of this folder.
+"""
+
+from __future__ import annotations
+
+import pytest
+from harness import metrics
+from runs import SubmittedRun
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+
+@pytest.mark.parametrize("name", ["lead", "limit"])
+def test_the_time_limit_is_reached_twice(time_limited: dict[str, SubmittedRun], name: str) -> None:
+    run = time_limited[name]
+    run.wait_until(lambda: len(run.attempts()) > 2, "the third attempt", 300)
+    run.wait_for_step(1, attempt=3)
+    run.cluster.run("scancel", run.job)
+    run.wait_until(lambda: len(run.ends()) == 3, "the end of the third life")
+    assert run.ends() == [("75", "again"), ("75", "again"), ("75", "none")]
+    assert {life["job"] for life in run.lives()} == {run.job}
+    reason = "stopped by SIGUSR2" if name == "lead" else "stopped by SIGTERM"
+    assert [attempt["reason"] for attempt in run.attempts()[:2]] == [reason] * 2
+    assert ("time limit reached: requeued" in run.output()) == (name == "limit")
+    run.assert_no_step_twice(metrics(run.directory)[-1]["step"])
