@@ -130,8 +130,9 @@ end() {
             *) stay "cancelled: stays stopped" "${code:-1}" ;;
         esac
     fi
+    # 128 and a stop signal: it came before the launcher could listen.
     case $code:$(of_job PreemptTime):$launcher in
-        75:* | :2* | :*:143) again "$why" "$@" ;;
+        75:* | :2* | :*:129 | :*:130 | :*:131 | :*:138 | :*:140 | :*:143) again "$why" "$@" ;;
     esac
     died=died=1
     if [ "$(without_progress died)" -ge "$deaths_allowed" ]; then

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -82,6 +84,13 @@ class SubmittedRun:
     def ends(self) -> list[tuple[str, str]]:
         """(exit code, what came next) of every life that ended by itself."""
         return [(line["code"], line["next"]) for line in self.lives() if line["event"] == "end"]
+
+    def in_mlflow(self) -> tuple[str, list[int]]:
+        """(status, steps whose loss is there) of the one MLflow run that there is."""
+        with contextlib.closing(sqlite3.connect(self.root / "mlflow.db")) as database:
+            ((name, state),) = database.execute("select run_uuid, status from runs").fetchall()
+            steps = database.execute("select step from metrics where run_uuid=? and key='loss' order by step", (name,))
+            return str(state), [int(step) for (step,) in steps]
 
     def attempts(self) -> list[dict[str, Any]]:
         return read_attempts(self.directory / "attempts")

@@ -25,10 +25,11 @@ def test_preempted_by_a_job_of_higher_priority(
     request: pytest.FixtureRequest, tmp_path: Path, reference: Path, kind: type[SubmittedRun], signal: str
 ) -> None:
     cluster = request.getfixturevalue("cluster" if signal == "SIGTERM" else "user_signal_cluster")
-    run = kind(cluster, tmp_path, RUN)
+    run = kind(cluster, tmp_path, (*RUN, "tracking.enabled=true"))
     run.wait_for_step(20)
     cluster.preempt()
     run.wait_for_finish()
+    assert run.in_mlflow() == ("FINISHED", list(range(1, STEPS + 1)))
     assert run.ends() == [("75", "again"), ("0", "none")]
     assert {life["job"] for life in run.lives()} == {run.job}
     assert run.attempts()[0]["reason"] == f"stopped by {signal}"

@@ -1,0 +1,39 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=me
+#SBATCH --constraint=a100
+#SBATCH --cpus-per-task=1
+#SBATCH --exclude=node3
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=quickstart
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=<PROJECT>/runs/.submitit/quickstart/%j/%j_0_log.out
+#SBATCH --qos=long
+#SBATCH --requeue
+#SBATCH --reservation=mine
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+module load cuda
+export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
+requeue=<PROJECT>/slurm/requeue.sh
+runs=(<PROJECT>/runs/quickstart)
+run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
+agains=('cd <PROJECT> && <PYTHON> -m launch.submit --config=<PROJECT>/configs/quickstart.yaml --nodes=2 --gpus-per-node=4 --tasks-per-node=4 --cpus-per-task=1 --time=1440 --total-time=10080 --max-requeues=1000 --signal-lead=120 --account=me --qos=long --constraint=a100 --exclude=node3 '"'"'--python=apptainer exec --nv image.sif python'"'"' --sbatch=reservation=mine '"'"'--setup=module load cuda'"'"'')
+again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}
+export MAX_REQUEUES=1000 TOTAL_MINUTES=10080
+export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+trap : TERM INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
+bash "$requeue" begin "$run"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --wait=120 apptainer exec --nv image.sif python -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
+
+
+# teardown
+exec bash "$requeue" end "$run" "$?" bash -c "$again"

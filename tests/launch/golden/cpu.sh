@@ -1,0 +1,31 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name=quickstart
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=<PROJECT>/runs/.submitit/quickstart/%j/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+
+# setup
+export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
+requeue=<PROJECT>/slurm/requeue.sh
+runs=(<PROJECT>/runs/quickstart)
+run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
+agains=('cd <PROJECT> && <PYTHON> -m launch.submit --config=<PROJECT>/configs/quickstart.yaml --nodes=2 --gpus-per-node=0 --tasks-per-node=4 --cpus-per-task=1 --max-requeues=1000 --signal-lead=300 optim.lr=1e-4')
+again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}
+export MAX_REQUEUES=1000 TOTAL_MINUTES=0
+export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+trap : TERM INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
+bash "$requeue" begin "$run"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --wait=120 <PYTHON> -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
+
+
+# teardown
+exec bash "$requeue" end "$run" "$?" bash -c "$again"

@@ -1,0 +1,232 @@
+"""slurm/requeue.sh: what it decides from status.json, the exit code that rank 0 left, and what SLURM says of the job.
+
+Here scontrol is a script; tests/slurm has the real one, and takes what it says from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+
+class Life:
+    """Lives of one job, without a job."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.run = root, root / "run"
+        (root / "bin").mkdir()
+        self.script(
+            "scontrol", f'echo "$@" >>{root}/asked; [ "$1" = requeue ] && exit $(cat {root}/rc); cat {root}/job'
+        )
+        self.slurm(restarts=0)
+        self.set_requeue(0)
+
+    def script(self, name: str, body: str) -> None:
+        path = self.root / "bin" / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+
+    def slurm(self, state: str = "RUNNING", reason: str = "None", restarts: int = 0, preempted: str = "None") -> None:
+        fields = f"JobId=7 JobState={state} Reason={reason} Restarts={restarts} PreemptTime={preempted}"
+        (self.root / "job").write_text(fields + "\n")
+
+    def set_requeue(self, code: int) -> None:
+        (self.root / "rc").write_text(str(code))
+
+    def call(self, *argv: str, life: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+        environment |= {"PATH": f"{self.root / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        environment |= {"SLURM_JOB_NODELIST": "node[1-2]", "DDPM_EXIT_CODE_FILE": str(self.root / "code"), **variables}
+        if life:
+            environment["SLURM_RESTART_COUNT"] = str(life)
+        script = PROJECT / "slurm" / "requeue.sh"
+        return subprocess.run(["bash", str(script), *argv], env=environment, capture_output=True, text=True, timeout=60)
+
+    def status(self, life: int = 0, **values: object) -> None:
+        self.run.mkdir(exist_ok=True)
+        text = json.dumps({"slurm_job": "7", "slurm_restart": life, "exit_code": None, **values}, indent=2)
+        (self.run / "status.json").write_text(text + "\n")
+
+    def live(self, launcher: int, life: int = 0, **variables: str) -> tuple[int, str]:
+        """A beginning and an end; returns (exit code, what was said)."""
+        before = (self.run / "status.json").read_bytes() if (self.run / "status.json").exists() else None
+        begun = self.call("begin", str(self.run), life=life, **variables)
+        assert (begun.returncode, begun.stderr) == (0, "")
+        assert before is None or (self.run / "status.json").read_bytes() == before
+        return self.end(launcher, life, **variables)
+
+    def end(self, launcher: int, life: int = 0, **variables: str) -> tuple[int, str]:
+        successor = ("bash", "-c", f'echo "$DDPM_CHAIN ${{SLURM_JOB_ID:-}}" >>{self.root}/submitted')
+        done = self.call("end", str(self.run), str(launcher), *successor, life=life, **variables)
+        return done.returncode, done.stderr
+
+    def requeued(self) -> int:
+        asked = self.root / "asked"
+        return asked.read_text().count("requeue 7") if asked.exists() else 0
+
+    def submitted(self) -> str:
+        path = self.root / "submitted"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Life:
+    return Life(tmp_path)
+
+
+@pytest.mark.parametrize("code", [65, 76, 78])
+def test_what_cannot_work_stays_failed(job: Life, code: int) -> None:
+    job.status(state="failed", exit_code=code, saved_step=3)
+    assert job.live(1) == (code, f"slurm: job 7, life 0: exit code {code}: stays failed\n")
+    assert job.requeued() == 0
+
+
+def test_a_refusal_before_there_was_a_run_is_read_from_rank_0(job: Life) -> None:
+    (job.root / "code").write_text("78\n")
+    assert job.live(1)[0] == 78
+    assert job.requeued() == 0
+
+
+def test_status_json_of_another_job_or_life_says_nothing(job: Life) -> None:
+    job.status(life=3, state="failed", exit_code=78, saved_step=3)
+    assert job.live(1)[0] == 1
+    assert job.requeued() == 1
+
+
+def test_finished_stays_finished_even_if_the_launcher_complains(job: Life) -> None:
+    job.status(state="finished", exit_code=0, saved_step=30)
+    assert job.live(1)[0] == 0
+    assert job.requeued() == 0
+
+
+def test_preempted_comes_back(job: Life) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    assert job.live(1)[0] == 75
+    assert job.requeued() == 1
+    assert job.submitted() == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "preempted", "comes_back"),
+    [
+        ("COMPLETING", "None", "None", False),  # scancel
+        ("COMPLETING", "TimeLimit", "None", True),
+        ("COMPLETING", "None", "2026-11-23T18:42:25", True),  # PreemptMode=CANCEL
+        ("RUNNING", "None", "2026-11-23T18:42:25", True),
+    ],
+)
+def test_what_slurm_says_of_a_life_that_saved(
+    job: Life, state: str, reason: str, preempted: str, comes_back: bool
+) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    job.slurm(state, reason, 0, preempted)
+    assert job.live(1)[0] == 75
+    assert job.requeued() == comes_back
+
+
+def test_a_life_that_slurm_has_replaced_decides_nothing(job: Life) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    job.slurm(restarts=1)
+    assert job.live(1) == (75, "slurm: job 7, life 0: SLURM has requeued it already\n")
+    assert job.requeued() == 0
+
+
+@pytest.mark.parametrize("launcher", [143, 140])
+def test_killed_while_it_started_comes_back_without_counting(job: Life, launcher: int) -> None:
+    for life in range(5):
+        job.slurm(restarts=life)
+        job.live(launcher, life)
+    assert job.requeued() == 5
+
+
+def test_died_three_times_without_progress(job: Life) -> None:
+    for life in range(3):
+        job.slurm(restarts=life)
+        code, said = job.live(1, life)
+        assert job.requeued() == min(life + 1, 2)
+    assert (code, "3 lives in a row died and saved nothing new: stays failed" in said) == (70, True)
+
+
+def test_progress_and_preemptions_between_deaths(job: Life) -> None:
+    """A life that saved something begins the count anew; one that was only preempted neither counts nor forgets."""
+    for life, (begins_at, ends_at, code) in enumerate(
+        [(0, 0, 70), (0, 5, 70), (5, 5, 70), (5, 5, 75), (5, 5, None), (5, 5, 70)]
+    ):
+        job.slurm(restarts=life)
+        job.status(life=life - 1, state="running", saved_step=begins_at)
+        job.call("begin", str(job.run), life=life)
+        job.status(life=life, state="running", saved_step=ends_at, exit_code=code)
+        assert job.requeued() == life
+        returned, said = job.end(1, life)
+    assert job.requeued() == 5
+    assert "stays failed" in said
+    assert returned == 70
+
+
+def test_preempted_twenty_times_without_a_step(job: Life) -> None:
+    """A signal lead as long as the time limit would bring a job back for ever."""
+    for life in range(20):
+        job.slurm(restarts=life)
+        job.status(life=life, state="preempted", exit_code=75, saved_step=3)
+        said = job.live(1, life)[1]
+    assert job.requeued() == 19
+    assert "20 lives in a row saved nothing new" in said
+
+
+def test_bounded_in_number(job: Life) -> None:
+    for life in range(3):
+        job.slurm(restarts=life)
+        job.status(life=life, state="preempted", exit_code=75, saved_step=life)
+        said = job.live(1, life, MAX_REQUEUES="2")[1]
+    assert job.requeued() == 2
+    assert "MAX_REQUEUES" in said
+
+
+def test_bounded_in_time_with_lives_that_left_no_end(job: Life) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    job.call("begin", str(job.run), TOTAL_MINUTES="1")
+    log = job.run / "slurm.log"
+    log.write_text(re.sub("time=[0-9]+", "time=1000", log.read_text()))  # it began in 1970
+    (job.run / "attempts").mkdir()
+    (job.run / "attempts" / "00001.json").write_text("{}")  # its last heartbeat is now
+    job.slurm(restarts=1)
+    job.status(life=1, state="preempted", exit_code=75, saved_step=4)
+    said = job.live(1, 1, TOTAL_MINUTES="1")[1]
+    assert job.requeued() == 0
+    assert "TOTAL_MINUTES" in said
+
+
+def test_a_successor_where_slurm_does_not_requeue(job: Life) -> None:
+    job.set_requeue(1)
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    assert job.live(1)[0] == 75
+    assert job.submitted() == "7 \n", "it knows its chain, and has no variables of this job"
+
+
+def test_the_bounds_hold_over_successors(job: Life) -> None:
+    job.set_requeue(1)
+    for number in range(3):
+        job.status(state="preempted", exit_code=75, saved_step=number)
+        job.live(1, MAX_REQUEUES="2", **({"DDPM_CHAIN": "7"} if number else {}))
+    assert job.submitted() == "7 \n" * 2
+
+
+def test_it_waits_for_a_controller_that_is_away(job: Life) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    away = f'[ "$1" = show ] && [ ! -e {job.root}/back ] && {{ touch {job.root}/back; exit 1; }}'
+    job.script("scontrol", f'{away}; echo "$@" >>{job.root}/asked; [ "$1" = requeue ] && exit 0; cat {job.root}/job')
+    assert job.live(1)[0] == 75
+    assert job.requeued() == 1
+
+
+def test_an_array_is_requeued_task_by_task(job: Life) -> None:
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    job.live(1, SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="1")
+    assert "requeue 6_1" in (job.root / "asked").read_text()
