@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, cluster_of
 from harness import train
-from runs import CONFIG, RUN, SubmittedRun
+from submitted import CONFIG, RUN, SubmittedRun
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs.RUN, trained by one process without any cluster."""
+    """submitted.RUN, trained by one process without any cluster."""
     overrides = (*RUN, "--config", CONFIG)
     return train(1, tmp_path_factory.mktemp("reference"), *overrides, name="undisturbed", timeout=200)
 

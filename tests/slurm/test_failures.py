@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import metrics
-from runs import RUN, SubmittedRun
+from submitted import RUN, SubmittedRun
 
 if TYPE_CHECKING:
     from cluster import Cluster

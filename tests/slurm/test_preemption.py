@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, cluster_of
-from runs import RUN, STEPS, SubmititRun, SubmittedRun
+from submitted import RUN, STEPS, SubmititRun, SubmittedRun
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 

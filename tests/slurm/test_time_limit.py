@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from harness import metrics
-from runs import SubmittedRun
+from submitted import SubmittedRun
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
