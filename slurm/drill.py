@@ -1,7 +1,8 @@
 """`local-cluster drill`: rehearses on a workstation what a cluster does to a run, with the user's own config.
 
 Submits it with train.sbatch on a throw-away SLURM of three nodes, preempts it, signals it, has an admin requeue it,
-has its time run out and a node crash, and reports steps lost and time to come back. Needs the interpreter that has ddpm_dist (PYTHON=...).
+its time run out and a node crash, and reports steps lost and time to come back.
+PYTHON=... is the interpreter that has ddpm_dist.
 """
 
 from __future__ import annotations

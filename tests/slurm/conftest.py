@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,25 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def time_limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SubmittedRun]]:
-    """Two runs without end in jobs of one minute, on a cluster of their own; one is signalled ahead of its limit."""
+    """Two runs in jobs of one minute, on a cluster of their own; one is signalled ahead of its limit.
+
+    Each is cancelled in its third life.
+    """
     root, endless = tmp_path_factory.mktemp("limit"), ("train.max_steps=1000000", "checkpoint.every=100000")
-    with cluster_of("--nodes", "2", "--cpus", "1", "--gpus", "0") as other:
-        other.environment["PYTHON"] = f"nice -n 19 {other.environment['PYTHON']}"
+    with cluster_of("--nodes", "2", "--cpus", "1", "--gpus", "0") as other, ThreadPoolExecutor() as threads:
         # SIGURG is ignored by who does not listen for it: this job gets nothing before its time is up.
-        yield {
+        found = {
             name: SubmittedRun(other, root, (*RUN, *endless), ("--nodes=1", "--time=1", f"--signal={signal}"), name)
             for name, signal in (("lead", "USR2@5"), ("limit", "URG@1"))
         }
+        for run in found.values():
+            threads.submit(_cancel_in_third_life, run)
+        yield found
+
+
+def _cancel_in_third_life(run: SubmittedRun) -> None:
+    run.wait_for_step(1, attempt=3, timeout=400)
+    run.cluster.run("scancel", run.job)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
