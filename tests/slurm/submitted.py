@@ -21,6 +21,7 @@ CONFIG = "configs/quickstart.yaml"
 STEPS = 150
 RUN = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=1000", f"train.max_steps={STEPS}")
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 
 
 class SubmittedRun:

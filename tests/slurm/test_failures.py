@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import metrics
-from submitted import RUN, SubmittedRun
+from submitted import ONE_NODE, RUN, SubmittedRun
 
 if TYPE_CHECKING:
     from cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
-
-ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 
 
 def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, reference: Path) -> None:

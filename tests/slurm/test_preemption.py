@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, cluster_of
-from submitted import RUN, STEPS, SubmititRun, SubmittedRun
+from submitted import ONE_NODE, RUN, STEPS, SubmititRun, SubmittedRun
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
@@ -50,7 +50,7 @@ def test_requeued_by_an_admin_onto_one_node_instead_of_two(cluster: Cluster, tmp
 
 
 def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN)
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
     run.wait_for_step(20)
     cluster.run("scancel", run.job)
     assert cluster.wait_for_end(run.job, run.log)["JobState"] == "CANCELLED"
@@ -62,23 +62,25 @@ def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -
     assert cluster.job(run.job)["JobState"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("to", [(), ("--batch",)], ids=["to the step", "to the batch shell"])
-def test_a_signal_of_the_user_saves_and_comes_back(
-    cluster: Cluster, tmp_path: Path, reference: Path, to: tuple[str, ...]
-) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN)
+def test_a_signal_to_the_batch_shell_saves_and_comes_back(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+    """As --signal=B:USR2@120 sends it; the step does not get it by itself."""
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
     run.wait_for_step(20)
-    assert cluster.run("scancel", *to, "--signal=USR2", run.job)[0] == 0
+    assert cluster.run("scancel", "--batch", "--signal=USR2", run.job)[0] == 0
     run.wait_for_finish()
     assert run.ends() == [("75", "again"), ("0", "none")]
     run.assert_no_step_twice(STEPS)
     run.assert_same_bits_as(reference)
 
 
-def test_a_partition_that_cancels_instead_of_requeueing(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
+@pytest.mark.parametrize("kind", [SubmittedRun, SubmititRun], ids=["sbatch", "submitit"])
+def test_where_slurm_cancels_and_does_not_requeue_a_successor_goes_on(
+    cluster: Cluster, tmp_path: Path, reference: Path, kind: type[SubmittedRun]
+) -> None:
     cluster.run("scontrol", "update", "partition=low", "preemptmode=cancel")
     try:
-        run = SubmittedRun(cluster, tmp_path, RUN)
+        run = kind(cluster, tmp_path, RUN, ONE_NODE)
+        cluster.run("scontrol", "update", f"jobid={run.job}", "requeue=0")
         run.wait_for_step(20)
         cluster.preempt()
         run.wait_until(lambda: len(run.attempts()) == 2, "the second attempt")
@@ -86,18 +88,6 @@ def test_a_partition_that_cancels_instead_of_requeueing(cluster: Cluster, tmp_pa
         run.wait_for_finish()
     finally:
         cluster.run("scontrol", "update", "partition=low", "preemptmode=requeue")
-    assert run.ends() == [("75", "again"), ("0", "none")]
-    run.assert_no_step_twice(STEPS)
-    run.assert_same_bits_as(reference)
-
-
-def test_where_slurm_does_not_requeue_a_successor_goes_on(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN, ("--nodes=2", "--ntasks-per-node=2", "--no-requeue"))
-    run.wait_for_step(20)
-    cluster.preempt()
-    run.wait_until(lambda: "Submitted batch job" in run.output(), "a successor")
-    run.job = run.output().partition("Submitted batch job ")[2].split()[0]
-    run.wait_for_finish()
     assert run.ends() == [("75", "again"), ("0", "none")]
     assert len({life["job"] for life in run.lives()}) == 2
     assert len({life["chain"] for life in run.lives()}) == 1

@@ -1,0 +1,118 @@
+"""Do these ranks reach each other, how fast, and do all of them see and write one folder? For `launch.doctor`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ddpm_dist.errors import ExitCode
+from ddpm_dist.parallel.distributed import Ranks, pick_device
+from ddpm_dist.parallel.environment import read_environment
+
+SIZES = (4 * 2**10, 2**20, 32 * 2**20)  # bytes: latency, a small bucket, DDP's larger ones
+FILE_BYTES = 2**23
+
+
+def probe(folder: Path, device_name: str, timeout_seconds: float, seconds: float) -> int:
+    """Every rank calls it; rank 0 prints. Collective.
+
+    Args:
+        folder: run.root; made if it is not there.
+        device_name: auto, cuda or cpu.
+        timeout_seconds: after which a collective is an error.
+        seconds: how long the all-reduces go on.
+
+    Returns:
+        0, or 78 where some rank does not see what rank 0 wrote, or cannot write.
+    """
+    env = read_environment()
+    device = pick_device(device_name, env)
+    ranks = Ranks(env, device, timeout_seconds, lambda: False)
+    if ranks.is_zero:
+        print(f"ok       ranks          {ranks.world_size} on {', '.join(dict.fromkeys(ranks.nodes))} ({device.type})")
+    if ranks.world_size > 1:
+        for size in SIZES:
+            duration = _all_reduce_seconds(size, device, seconds / len(SIZES))
+            if ranks.is_zero:
+                speed = f"{size / duration / 1e6:.0f} MB/s" if size > SIZES[0] else "latency"
+                print(f"ok       all-reduce     {size // 1024:>6} KiB in {duration * 1e3:.3f} ms ({speed})", flush=True)
+    seen, wrote = _disk(folder, ranks, 3 * seconds)
+    worst = _largest(torch.tensor([seen, wrote], dtype=torch.float64, device=device), ranks)
+    ranks.leave()
+    ok = max(worst) < float("inf")
+    if ranks.is_zero:
+        print(_about_folder(folder, *worst))
+    return 0 if ok else int(ExitCode.CONFIG)
+
+
+def _about_folder(folder: Path, seen: float, wrote: float) -> str:
+    if seen == float("inf"):
+        return f"error    run.root       {folder} is not shared: some rank does not see what rank 0 wrote"
+    if wrote == float("inf"):
+        return f"error    run.root       {folder} cannot be written by some rank"
+    written = f"{FILE_BYTES // 2**20} MiB written, flushed and read in {wrote:.2f} s at worst"
+    return f"ok       run.root       {folder}: rank 0's file seen by all within {seen:.2f} s; {written}"
+
+
+def _all_reduce_seconds(size: int, device: torch.device, seconds: float) -> float:
+    """Median of one, over so many seconds. All ranks stop together: rank 0's clock decides, every few rounds."""
+    data = torch.ones(size // 4, device=device)
+    durations: list[float] = []
+    begun = time.monotonic()
+    go_on = torch.ones(1, device=device)
+    while go_on.item() > 0:
+        for _ in range(5):
+            before = time.perf_counter()
+            dist.all_reduce(data, op=dist.ReduceOp.MAX)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            durations.append(time.perf_counter() - before)
+        go_on = torch.tensor([float(time.monotonic() - begun < seconds)], device=device)
+        dist.broadcast(go_on, src=0)
+    return sorted(durations)[len(durations) // 2]
+
+
+def _disk(folder: Path, ranks: Ranks, patience_seconds: float) -> tuple[float, float]:
+    """(seconds until rank 0's file was seen, seconds to write, flush and read one's own); inf for never."""
+    # One name for all ranks of this launch: the port of their meeting.
+    name = f".doctor-{os.environ.get('MASTER_PORT', os.getpid())}"
+    beacon, own = folder / name, folder / f"{name}-{ranks.rank}"
+    seen, wrote = float("inf"), float("inf")
+    try:
+        if ranks.is_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            beacon.write_text("seen?")
+    except OSError:
+        pass
+    ranks.all_succeed(lambda: None)
+    begun = time.monotonic()
+    while time.monotonic() - begun < patience_seconds:
+        if beacon.exists():
+            seen = time.monotonic() - begun
+            break
+        time.sleep(0.05)
+    try:
+        data, begun = os.urandom(FILE_BYTES), time.monotonic()
+        with own.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if own.read_bytes() == data:
+            wrote = time.monotonic() - begun
+        own.unlink()
+    except OSError:
+        pass
+    ranks.all_succeed(lambda: None)
+    if ranks.is_zero:
+        beacon.unlink(missing_ok=True)
+    return seen, wrote
+
+
+def _largest(values: torch.Tensor, ranks: Ranks) -> list[float]:
+    if ranks.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()

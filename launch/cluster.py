@@ -1,0 +1,114 @@
+"""What SLURM says of itself, read once: `scontrol show config | partition | node`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from ddpm_dist.errors import ConfigError
+
+Fields = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Fields as SLURM names them.
+
+    Attributes:
+        config: of slurm.conf and its defaults.
+        partitions: by name.
+        nodes: by name.
+        sacct: whether accounting answers.
+    """
+
+    config: Fields
+    partitions: dict[str, Fields]
+    nodes: dict[str, Fields]
+    sacct: bool
+
+    def partition(self, name: str | None) -> Fields | None:
+        """The named one, or the default; None if there is none."""
+        if name is not None:
+            return self.partitions.get(name)
+        return next((fields for fields in self.partitions.values() if fields.get("Default") == "YES"), None)
+
+    def nodes_of(self, partition: Fields) -> dict[str, Fields]:
+        name = partition["PartitionName"]
+        return {node: fields for node, fields in self.nodes.items() if name in fields.get("Partitions", "").split(",")}
+
+    def preempt_mode(self, partition: Fields) -> str:
+        """REQUEUE, CANCEL, SUSPEND, GANG or OFF: the partition's, else the cluster's; OFF where nothing preempts."""
+        if self.config.get("PreemptType", "preempt/none") == "preempt/none":
+            return "OFF"
+        return (partition.get("PreemptMode") or self.config.get("PreemptMode", "OFF")).upper()
+
+
+def read_cluster() -> Cluster:
+    """Raises ConfigError where there is no SLURM, or it does not answer."""
+    config = parse_config(_ask("config"))
+    partitions, nodes = parse_lines(_ask("partition", "--oneliner")), parse_lines(_ask("node", "--oneliner"))
+    return Cluster(
+        config,
+        {fields["PartitionName"]: fields for fields in partitions},
+        {fields["NodeName"]: fields for fields in nodes},
+        sacct=_succeeds("sacct", "--allocations", "--noheader", "--starttime=now"),
+    )
+
+
+def expand(node_list: str) -> frozenset[str]:
+    """`node[1-3]` -> its nodes. Raises ConfigError where SLURM does not understand it."""
+    return frozenset(_ask("hostnames", node_list).split())
+
+
+def parse_config(text: str) -> Fields:
+    """`Key   = value` on each line."""
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def parse_lines(text: str) -> list[Fields]:
+    """`Key=value Key=value ...` on each line; values may hold blanks and further `=`."""
+    lines = (line for line in text.splitlines() if "=" in line)
+    return [dict(re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s*$)", line)) for line in lines]
+
+
+def seconds_in(text: str) -> int | None:
+    """`5 sec`, `10`, `1-00:00:00`, `01:00:00`; None for UNLIMITED, NONE and the like."""
+    if found := re.fullmatch(r"(\d+)(?: sec)?", text):
+        return int(found[1])
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", text):
+        days, hours, minutes, seconds = (int(group or 0) for group in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return None
+
+
+def gpus_of(node: Fields) -> int:
+    """`gpu:a100:4(S:0-1),shm:1` -> 4."""
+    found = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", node.get("Gres", ""))
+    return sum(int(count) for count in found)
+
+
+def is_usable(node: Fields) -> bool:
+    """Whether jobs start there at present, or will when those that run now have ended."""
+    return not re.search("DOWN|DRAIN|FAIL|NOT_RESPONDING|MAINT|POWER", node.get("State", ""))
+
+
+def _ask(*what: str) -> str:
+    if shutil.which("scontrol") is None:
+        raise ConfigError("no scontrol here: run it on a machine that submits jobs (a login node)")
+    asked = subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, timeout=60)
+    if asked.returncode:
+        said = " ".join((asked.stderr or asked.stdout).split())
+        raise ConfigError(f"scontrol show {' '.join(what)}: {said}")
+    return asked.stdout
+
+
+def _succeeds(*argv: str) -> bool:
+    if shutil.which(argv[0]) is None:
+        return False
+    try:
+        return subprocess.run(argv, capture_output=True, timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False

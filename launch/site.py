@@ -1,0 +1,155 @@
+"""What this machine can tell of the run root, the checkpoint, the tracking server and the network; measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from ddpm_dist.config import Config
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.tracking.process import choose_uri
+
+NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs", "smb", "panfs", "weka", "9p", "virtiofs", "afs")
+MAX_MEASURED_BYTES = 2**28
+STATE_COPIES = 4  # weights, their average and Adam's two moments
+IMAGE_CHANNELS = 3  # at most
+
+
+@dataclass(frozen=True)
+class Site:
+    """Facts beside SLURM's.
+
+    Attributes:
+        trouble: why run.root cannot be written; empty if it can.
+        file_system: of run.root, as /proc/mounts names it.
+        links_are_exclusive: whether link(2) refuses a name that is taken, on which the lease stands.
+        save_seconds: to write and fsync a checkpoint there.
+        free_bytes: left there; quotas are not seen.
+        python_file_system: of the interpreter.
+        tracking_uri: None for mlflow.db in run.root.
+        tracking_trouble: why it cannot be reached; empty if it can.
+        interfaces: of the network.
+        environment: of the shell that will submit.
+    """
+
+    trouble: str
+    file_system: str
+    links_are_exclusive: bool
+    checkpoint_bytes: int
+    save_seconds: float
+    free_bytes: int
+    python_file_system: str
+    tracking_uri: str | None
+    tracking_trouble: str
+    interfaces: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def look(config: Config) -> Site:
+    """Writes into run.root for a moment, and leaves nothing there."""
+    root, size = config.directory.parent, checkpoint_bytes(config)
+    there = _nearest(root)
+    trouble, save_seconds, exclusive = "", 0.0, True
+    try:
+        save_seconds, exclusive = measure(there, size)
+    except OSError as error:
+        trouble = f"{there}: {error.strerror or error}"
+    uri, tracking_trouble = None, ""
+    if config.tracking.enabled:
+        try:
+            uri = choose_uri(config, RunDirectory(config.directory))
+            tracking_trouble = reach(uri)
+        except ConfigError as error:
+            tracking_trouble = str(error)
+    return Site(
+        trouble=trouble,
+        file_system=file_system_of(there),
+        links_are_exclusive=exclusive,
+        checkpoint_bytes=size,
+        save_seconds=save_seconds,
+        free_bytes=shutil.disk_usage(there).free,
+        python_file_system=file_system_of(Path(sys.executable)),
+        tracking_uri=uri,
+        tracking_trouble=tracking_trouble,
+        interfaces=tuple(name for _, name in socket.if_nameindex()),
+        environment=dict(os.environ),
+    )
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Of float32 weights, average and moments; the network is only outlined, not made."""
+    import torch
+
+    from ddpm_dist.models.unet import UNet
+
+    with torch.device("meta"):
+        model = UNet(IMAGE_CHANNELS, config.model.channels, config.model.time_embed_dim, config.model.dropout)
+    return STATE_COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def measure(folder: Path, size: int) -> tuple[float, bool]:
+    """(seconds to write and fsync so many bytes, whether link(2) is exclusive). Raises OSError."""
+    probe, other = folder / f".doctor-{os.getpid()}", folder / f".doctor-{os.getpid()}-link"
+    part = min(size, MAX_MEASURED_BYTES)
+    try:
+        data, begun = os.urandom(part), time.monotonic()
+        with probe.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = (time.monotonic() - begun) * size / part
+        os.link(probe, other)
+        try:
+            os.link(probe, other)
+            return seconds, False
+        except FileExistsError:
+            return seconds, True
+    finally:
+        probe.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
+
+
+def file_system_of(path: Path) -> str:
+    """Of the longest mount point above the path; `unknown` where /proc/mounts does not tell."""
+    best, kind = "", "unknown"
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return kind
+    for line in mounts:
+        point, name = line.split()[1:3]
+        if len(point) >= len(best) and path.resolve().is_relative_to(point.replace("\\040", " ")):
+            best, kind = point, name
+    return kind
+
+
+def is_network(file_system: str) -> bool:
+    return file_system.startswith(NETWORK)
+
+
+def reach(uri: str | None) -> str:
+    """Why a tracking server does not answer; empty if it does, or is a database."""
+    parsed = urlparse(uri or "")
+    if parsed.scheme not in ("http", "https"):
+        return ""
+    try:
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        with socket.create_connection((parsed.hostname or "", port), timeout=5):
+            return ""
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the one that it would be made in."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

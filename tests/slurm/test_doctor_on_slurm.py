@@ -1,0 +1,56 @@
+"""The doctor on a real SLURM: a healthy request, misconfigurations, and the probe from inside an allocation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+
+
+def doctor(cluster: Cluster, root: Path, *argv: str) -> tuple[int, str]:
+    quick = ("--config", "configs/quickstart.yaml", f"run.root={root}", "train.device=cpu")
+    return cluster.run(sys.executable, "-m", "launch.doctor", *quick, *argv)
+
+
+def test_a_healthy_request(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = doctor(cluster, tmp_path, "--nodes=2", "--tasks-per-node=2", "--time=1:00:00")
+    assert code == 0, output
+    assert "GraceTime 10 s + KillWait 5 s" in output
+    assert "error" not in output
+
+
+def test_two_things_wrong_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = doctor(cluster, tmp_path, "--nodes=2", "--gpus-per-node=4", "--time=1", "--exclude=node[2-3]")
+    assert code == 78, output
+    errors = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(errors) == 2, output
+    assert "4 GPUs a node asked for" in errors[0] or "0 node(s)" in errors[0]
+    assert "at once" in errors[1]
+
+
+def test_the_probe_from_inside_an_allocation(cluster: Cluster, tmp_path: Path) -> None:
+    keys = ("--config", "configs/quickstart.yaml", f"run.root={tmp_path}", "train.device=cpu")
+    probe = (sys.executable, "-m", "launch.doctor", "--on-node", "--seconds=1", *keys)
+    code, output = cluster.run("srun", "-N2", "--ntasks-per-node=2", *probe, timeout=90)
+    assert code == 0, output
+    assert "4 on node1, node2 (cpu)" in output
+    assert output.count("all-reduce") == 3
+    assert "seen by all within" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_probe_sees_a_folder_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
+    """Each node with a /mnt of its own."""
+    own = 'mount -t tmpfs none /mnt && exec "$@"'
+    keys = ("--config", "configs/quickstart.yaml", "run.root=/mnt", "train.device=cpu")
+    probe = (sys.executable, "-m", "launch.doctor", "--on-node", "--seconds=1", *keys)
+    code, output = cluster.run("srun", "-N2", "unshare", "--mount", "bash", "-c", own, "bash", *probe, timeout=110)
+    assert code == 78, output
+    assert "/mnt is not shared" in output
