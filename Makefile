@@ -21,7 +21,7 @@ test: check
 	$(BIN)/python -m pytest $(ARGS)
 
 torture: install
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py $(ARGS)
+	PYTHONPATH=tests:tests/slurm OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

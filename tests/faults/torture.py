@@ -1,6 +1,6 @@
 """The long campaign: `make torture` (over an hour on two cores). Prints a table; exit code 1 if a bar was missed.
 
-PYTHONPATH=tests python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
+PYTHONPATH=tests:tests/slurm python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import slurm_campaign
 import torch
 import tracking_campaign
 from campaign import (
@@ -197,6 +198,8 @@ CAMPAIGNS: dict[str, Callable[[Path, int, int], str]] = {
     "random kills": kills,
     "bitwise, layouts": layouts,
     "bitwise, moves": moves,
+    "SLURM, preemptions": slurm_campaign.preemptions,
+    "SLURM, pairs": slurm_campaign.pairs,
     "MLflow, sqlite": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=False),
     "MLflow, server": lambda root, count, seed: tracking_campaign.campaign(root, seed, http_server=True),
 }

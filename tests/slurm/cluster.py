@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,12 @@ class Cluster:
             assert time.monotonic() < deadline, f"not {states} after {timeout} s: {fields}\n{text_of(log)}"
             time.sleep(0.1)
         return fields
+
+    def wait_until(self, condition: Callable[[], bool], what: str, log: Path, timeout: float = 90) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{text_of(log)}"
+            time.sleep(0.05)
 
     def preempt(self, nodes: int = 3, seconds: int = 1) -> str:
         """Submit a job of higher priority that wants nodes for itself; returns its id."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,10 +54,7 @@ class SubmittedRun:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{self.output()}"
-            time.sleep(0.05)
+        self.cluster.wait_until(condition, what, self.log, timeout)
 
     def wait_for_step(self, step: int, attempt: int = 1, timeout: float = 60) -> None:
         """Until this attempt has logged the step."""
@@ -92,6 +88,12 @@ class SubmittedRun:
             ((name, state),) = database.execute("select run_uuid, status from runs").fetchall()
             steps = database.execute("select step from metrics where run_uuid=? and key='loss' order by step", (name,))
             return str(state), [int(step) for (step,) in steps]
+
+    def first_step_after_start(self, attempt: int) -> float:
+        """Seconds from the batch script's start to the first new step of an attempt."""
+        begins = [int(life["time"]) for life in self.lives() if life["event"] == "begin"]
+        first = next(line for line in metrics(self.directory) if line["attempt"] == attempt)
+        return float(first["time"]) - begins[attempt - 1]
 
     def attempts(self) -> list[dict[str, Any]]:
         return read_attempts(self.directory / "attempts")
