@@ -74,7 +74,7 @@ def test_a_training_that_always_crashes_is_tried_three_times(
     bad = tmp_path / "bad"
     bad.mkdir()
     # Real deaths of real workers: Python imports this before anything else.
-    (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 11)\n")
+    (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
     monkeypatch.setitem(cluster.environment, "PYTHONPATH", f"{bad}:{cluster.environment['PYTHONPATH']}")
     run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
     fields = cluster.wait_for_end(run.job, run.log, 150)
