@@ -53,7 +53,7 @@ def read_cluster() -> Cluster:
         config,
         {fields["PartitionName"]: fields for fields in partitions},
         {fields["NodeName"]: fields for fields in nodes},
-        sacct=_succeeds("sacct", "--allocations", "--noheader", "--starttime=now"),
+        sacct=sacct_answers(),
     )
 
 
@@ -105,9 +105,11 @@ def _ask(*what: str) -> str:
     return asked.stdout
 
 
-def _succeeds(*argv: str) -> bool:
-    if shutil.which(argv[0]) is None:
+def sacct_answers() -> bool:
+    """Whether this cluster keeps accounts of jobs, and lets us read them."""
+    if shutil.which("sacct") is None:
         return False
+    argv = ("sacct", "--allocations", "--noheader", "--starttime=now")
     try:
         return subprocess.run(argv, capture_output=True, timeout=60).returncode == 0
     except subprocess.TimeoutExpired:

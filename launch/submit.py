@@ -23,6 +23,7 @@ from typing import Any
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import check_world_size, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, UserError
+from launch.cluster import sacct_answers
 from launch.follow import follow, follow_all
 from launch.request import Request, add_arguments, from_arguments
 from launch.task import Task
@@ -124,7 +125,10 @@ def _submit(request: Request, runs: Sequence[Request], args: argparse.Namespace)
         print(f"  log     {job.paths.stdout}")
     print(f"  follow  tail -F {jobs[0].paths.stdout}; python -m ddpm_dist.status {runs[0].config.directory}")
     if args.cluster == "slurm":
-        print(f"  stop    scancel {jobs[0].job_id.partition('_')[0]}  (saves; the same command goes on)", flush=True)
+        print(f"  stop    scancel {jobs[0].job_id.partition('_')[0]}  (saves; the same command goes on)")
+        if not sacct_answers():
+            print("  note    no accounting (sacct) here: SLURM forgets jobs soon after their end; status.json does not")
+    sys.stdout.flush()
     if not args.wait:
         return 0
     if len(jobs) > 1:

@@ -133,6 +133,17 @@ def test_local_trains_as_many_ranks_and_keeps_the_pickles_private(tmp_path: Path
     assert list(folder.rglob("*.pkl"))
 
 
+def test_debug_trains_in_this_very_process(tmp_path: Path) -> None:
+    keys = (*TINY, f"run.root={tmp_path}", "run.name=debug", "train.max_steps=3", "optim.warmup_steps=2")
+    code = (
+        "import os, sys; from launch.submit import main; code = main(sys.argv[1:]); print(os.getpid()); sys.exit(code)"
+    )
+    argv = [sys.executable, "-c", code, *QUICK, "--cluster=debug", *keys]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(tmp_path / "debug")["pid"] == int(done.stdout.split()[-1])
+
+
 def test_a_folder_of_somebody_else_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

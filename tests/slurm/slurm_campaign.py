@@ -63,7 +63,10 @@ def pairs(root: Path, count: int, seed: int) -> str:
     keys = (*BITWISE, "train.max_steps=3")
     with cluster_of("--nodes", "1", "--cpus", "4", "--gpus", "0") as cluster:
         for number in range(PAIRS):
-            both = [SubmittedRun(cluster, root, keys, ("--nodes=1", "--ntasks-per-node=2"), f"run-{number}-{one}") for one in range(2)]
+            both = [
+                SubmittedRun(cluster, root, keys, ("--nodes=1", "--ntasks-per-node=2"), f"run-{number}-{one}")
+                for one in range(2)
+            ]
             for run in both:
                 run.wait_for_finish()
                 assert run.ends() == [("0", "none")], run.output()

@@ -51,3 +51,4 @@ def test_wait_follows_the_log_and_returns_the_runs_exit_code(cluster: Cluster, t
     assert code == 65, output
     assert re.search(r"^error: .*/nowhere", output, re.MULTILINE)
     assert "exit code 65: stays failed" in output
+    assert "no accounting (sacct) here" in output
