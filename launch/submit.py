@@ -204,6 +204,7 @@ def _setup(request: Request, runs: Sequence[Request]) -> list[str]:
     again = [f"cd {shlex.quote(os.getcwd())} && {shlex.join(_same_again(run))}" for run in runs]
     return [
         *request.setup,
+        "set +e  # what fails is looked at afterwards",
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"requeue={shlex.quote(str(REQUEUE))}",
         f"runs=({shlex.join(str(run.config.directory.resolve()) for run in runs)})",

@@ -23,7 +23,11 @@ say() { echo "slurm: job $job, life $life: $*" >&2; }
 status() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$run/status.json" 2>/dev/null | head -n 1; }
 saved() { local step; step=$(status saved_step); echo "${step:-null}"; }
 of_job() { sed -n "s/^$1=//p" <<<"$about" | head -n 1; }
-write() { mkdir -p "$run" 2>/dev/null && echo "time=$(date +%s) chain=$chain job=$job life=$life $*" >>"$log" 2>/dev/null; }
+# A run directory that is a link is the trainer's to judge: it may lead out of run.root.
+write() {
+    [ ! -L "$run" ] && mkdir -p "$run" 2>/dev/null || return 0
+    echo "time=$(date +%s) chain=$chain job=$job life=$life $*" >>"$log" 2>/dev/null
+}
 # Sums and counts over the lines of this chain; $1 is the last awk rule.
 of_chain() {
     [ -f "$log" ] || { echo 0; return; }
@@ -104,15 +108,18 @@ end() {
     local launcher=$1
     shift
     code=$(exit_code) died=""
+    rm -f "${DDPM_EXIT_CODE_FILE:-}"
     local began about=""
-    for _ in 1 2 3 4 5; do # the controller may be busy, or be restarted at this moment
+    for _ in {1..24}; do # the controller may be busy, or be restarted at this moment
         about=$(scontrol show job --oneliner "$job" | tr ' ' '\n')
         [ -z "$about" ] || break
         sleep 5
     done
     began=$(of_chain 'field("event") == "begin" { since = field("time") } END { print since + 0 }')
     seconds=$((began > 0 ? $(date +%s) - began : 0))
-    if [ "$(of_job Restarts)" -gt "$life" ]; then
+    local state restarts
+    state=$(of_job JobState) restarts=$(of_job Restarts)
+    if [ "${restarts:-0}" -gt "$life" ]; then
         say "SLURM has requeued it already"
         exit "${code:-1}"
     fi
@@ -123,7 +130,7 @@ end() {
     # While this shell runs, a job that SLURM has ended is COMPLETING, whatever it will be called afterwards.
     local why="preempted"
     [ "$code" = 75 ] || why="killed before it could save"
-    if [ "$(of_job JobState)" != RUNNING ]; then
+    if [ "${state:-RUNNING}" != RUNNING ]; then
         case $(of_job Reason):$(of_job PreemptTime) in
             TimeLimit:*) again "time limit reached" "$@" ;;
             *:2*) again "$why" "$@" ;;

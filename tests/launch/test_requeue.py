@@ -230,3 +230,13 @@ def test_an_array_is_requeued_task_by_task(job: Life) -> None:
     job.status(state="preempted", exit_code=75, saved_step=3)
     job.live(1, SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="1")
     assert "requeue 6_1" in (job.root / "asked").read_text()
+
+
+def test_nothing_is_written_through_a_link(job: Life, tmp_path: Path) -> None:
+    """A run directory that leads out of run.root is refused by the trainer; until then nobody writes there."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    job.run.symlink_to(outside)
+    (job.root / "code").write_text("78\n")
+    assert job.live(1)[0] == 78
+    assert list(outside.iterdir()) == []

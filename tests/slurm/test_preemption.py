@@ -73,6 +73,23 @@ def test_a_signal_to_the_batch_shell_saves_and_comes_back(cluster: Cluster, tmp_
     run.assert_same_bits_as(reference)
 
 
+def test_a_signal_before_there_are_tasks_is_remembered(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, real = tmp_path / "python", cluster.environment["PYTHON"]
+    python.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/slept ] || {{ touch {tmp_path}/slept; sleep 3; }}\nexec {real} "$@"\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setitem(cluster.environment, "PYTHON", str(python))
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    run.wait_until((tmp_path / "slept").exists, "the start of the batch script")
+    assert cluster.run("scancel", "--batch", "--signal=USR2", run.job)[0] == 0
+    run.wait_for_finish()
+    assert run.ends() == [("none", "again"), ("0", "none")]
+    assert len(run.attempts()) == 1
+
+
 @pytest.mark.parametrize("kind", [SubmittedRun, SubmititRun], ids=["sbatch", "submitit"])
 def test_where_slurm_cancels_and_does_not_requeue_a_successor_goes_on(
     cluster: Cluster, tmp_path: Path, reference: Path, kind: type[SubmittedRun]

@@ -15,6 +15,7 @@
 #SBATCH --time=240
 
 # setup
+set +e  # what fails is looked at afterwards
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
 requeue=<PROJECT>/slurm/requeue.sh
 runs=(<PROJECT>/runs/quickstart)

@@ -19,6 +19,7 @@
 
 # setup
 module load cuda
+set +e  # what fails is looked at afterwards
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
 requeue=<PROJECT>/slurm/requeue.sh
 runs=(<PROJECT>/runs/quickstart)

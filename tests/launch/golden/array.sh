@@ -13,6 +13,7 @@
 #SBATCH --signal=USR2@120
 
 # setup
+set +e  # what fails is looked at afterwards
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
 requeue=<PROJECT>/slurm/requeue.sh
 runs=(<PROJECT>/runs/quickstart-lr=1e-4-seed=0 <PROJECT>/runs/quickstart-lr=1e-4-seed=1 <PROJECT>/runs/quickstart-lr=2e-4-seed=0 <PROJECT>/runs/quickstart-lr=2e-4-seed=1)

@@ -11,6 +11,7 @@
 #SBATCH --signal=USR2@300
 
 # setup
+set +e  # what fails is looked at afterwards
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
 requeue=<PROJECT>/slurm/requeue.sh
 runs=(<PROJECT>/runs/quickstart)
