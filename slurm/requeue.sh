@@ -3,6 +3,7 @@
 # launch.submit, outside any container: needs bash, sed, awk, stat and scontrol.
 #
 #   requeue.sh begin RUN_DIR                        before the trainer starts
+#   requeue.sh told RUN_DIR                         when SIGTERM came, while the trainer saves
 #   requeue.sh end RUN_DIR EXIT_CODE COMMAND...     after it; COMMAND submits a successor where SLURM cannot requeue
 #
 # Reads status.json and $DDPM_EXIT_CODE_FILE; keeps RUN_DIR/slurm.log, a line for each beginning and end of a life.
@@ -12,6 +13,7 @@ trap '' TERM INT HUP USR1 USR2 # SLURM ends the old life while this still works
 
 action=$1 run=$2
 shift 2
+about="" state=""
 log=$run/slurm.log
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -104,22 +106,38 @@ again() { # WHY COMMAND...
     exit "${code:-1}"
 }
 
-end() {
-    local launcher=$1
-    shift
-    code=$(exit_code) died=""
-    rm -f "${DDPM_EXIT_CODE_FILE:-}"
-    local began about=""
+# What SLURM says of this life: about, state; and how long it has lasted: seconds.
+look() {
+    local began
     for _ in {1..24}; do # the controller may be busy, or be restarted at this moment
         about=$(scontrol show job --oneliner "$job" | tr ' ' '\n')
         [ -z "$about" ] || break
         sleep 5
     done
+    state=$(of_job JobState)
     began=$(of_chain 'field("event") == "begin" { since = field("time") } END { print since + 0 }')
     seconds=$((began > 0 ? $(date +%s) - began : 0))
-    local state restarts
-    state=$(of_job JobState) restarts=$(of_job Restarts)
-    if [ "${restarts:-0}" -gt "$life" ]; then
+}
+
+is_replaced() { local restarts; restarts=$(of_job Restarts); [ "${restarts:-0}" -gt "$life" ]; }
+
+# At the time limit SLURM kills all after KillWait seconds, this shell too, perhaps before the launcher has ended: so
+# the next life is ordered at once. It begins when this one is over, and sees what became of it.
+told() {
+    code="" died=""
+    look
+    if ! is_replaced && [ "${state:-RUNNING}" != RUNNING ] && [ "$(of_job Reason):$(of_job Requeue)" = TimeLimit:1 ]; then
+        again "time limit reached" true
+    fi
+}
+
+end() {
+    local launcher=$1
+    shift
+    code=$(exit_code) died=""
+    rm -f "${DDPM_EXIT_CODE_FILE:-}"
+    look
+    if is_replaced; then
         say "SLURM has requeued it already"
         exit "${code:-1}"
     fi

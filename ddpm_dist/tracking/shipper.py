@@ -21,7 +21,7 @@ from typing import Any
 
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.run.directory import RunDirectory
-from ddpm_dist.run.files import read_json, write_json
+from ddpm_dist.run.files import TEMPORARY, read_json, write_json
 from ddpm_dist.run.lease import is_held
 from ddpm_dist.tracking.journal import read_lines
 from ddpm_dist.tracking.process import address_of, choose_uri
@@ -109,8 +109,13 @@ class Shipper:
         from mlflow import MlflowClient
 
         self._note()  # our identity is on disk before the run exists
-        with _locked(self._directory.path.parent / ".mlflow.lock"):  # two runs may create the same database
-            client = MlflowClient(address_of(self._shipped.uri, self._directory))
+        uri = address_of(self._shipped.uri, self._directory)
+        database = database_file(uri)
+        folder = self._directory.path.parent if database is None else database.parent
+        with _locked(folder / ".mlflow.lock"):  # two runs may create the same database
+            if database is not None and not database.exists():
+                create_database(database)
+            client = MlflowClient(uri)
             experiment_id = self._experiment(client)
             if self._shipped.run_id is None:
                 self._shipped.run_id = self._find_or_create(client, experiment_id)
@@ -181,6 +186,23 @@ class Shipper:
                     self._client.log_artifact(self._shipped.run_id, str(path), "" if folder == "." else folder)
                     self._shipped.artifacts[name] = mark
                     self._note()
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of `sqlite:///path`; None for what is no such file."""
+    path = uri.removeprefix("sqlite:///")
+    return Path(path) if path != uri and path and "?" not in path else None
+
+
+def create_database(path: Path) -> None:
+    """MLflow's tables, whole or not at all: MLflow itself does not survive a kill half-way through making them."""
+    from mlflow import MlflowClient
+
+    new = path.with_name(f".{path.name}{TEMPORARY}")
+    for leftover in (new, new.with_name(f"{new.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+    new.rename(path)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Life:
         path.chmod(0o755)
 
     def slurm(self, state: str = "RUNNING", reason: str = "None", restarts: int = 0, preempted: str = "None") -> None:
-        fields = f"JobId=7 JobState={state} Reason={reason} Restarts={restarts} PreemptTime={preempted}"
+        fields = f"JobId=7 JobState={state} Reason={reason} Requeue=1 Restarts={restarts} PreemptTime={preempted}"
         (self.root / "job").write_text(fields + "\n")
 
     def set_requeue(self, code: int) -> None:
@@ -129,6 +129,26 @@ def test_what_slurm_says_of_a_life_that_saved(
     job.slurm(state, reason, 0, preempted)
     assert job.live(1)[0] == 75
     assert job.requeued() == comes_back
+
+
+def test_at_the_time_limit_the_next_life_is_ordered_before_this_one_has_ended(job: Life) -> None:
+    job.call("begin", str(job.run))
+    job.slurm("COMPLETING", "TimeLimit")
+    job.call("told", str(job.run))
+    assert job.requeued() == 1
+    job.slurm("COMPLETING", "TimeLimit", restarts=1)
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    assert job.end(1) == (75, "slurm: job 7, life 0: SLURM has requeued it already\n")
+    assert job.requeued() == 1
+
+
+@pytest.mark.parametrize(("state", "reason"), [("RUNNING", "None"), ("COMPLETING", "None")])
+def test_another_sigterm_orders_nothing_yet(job: Life, state: str, reason: str) -> None:
+    """A preemption, a signal or a scancel: the end of the life decides."""
+    job.call("begin", str(job.run))
+    job.slurm(state, reason)
+    assert job.call("told", str(job.run)).returncode == 0
+    assert job.requeued() == 0
 
 
 def test_a_life_that_slurm_has_replaced_decides_nothing(job: Life) -> None:

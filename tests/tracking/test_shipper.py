@@ -485,6 +485,32 @@ def test_shipper_that_got_a_real_sigkill_leaves_no_lock_and_ships_nothing_twice(
     assert_delivered(database(root), "sigkill", directory.path)
 
 
+def test_a_kill_while_the_database_is_made_leaves_nothing_half_made(root: Path, finished: Path, tmp_path: Path) -> None:
+    """MLflow makes its tables in dozens of steps, and fails for ever after a kill between two of them."""
+    directory = tmp_path / "killed"
+    shutil.copytree(finished, directory)
+    (directory / "mlflow.json").unlink()
+    command = (sys.executable, "-m", "ddpm_dist.tracking.shipper", str(directory), "--follow", str(os.getpid()))
+    made, whole = tmp_path / ".mlflow.db.tmp", tmp_path / "mlflow.db"
+
+    def has_grown(size: int) -> bool:
+        return whole.exists() or (made.exists() and made.stat().st_size >= size)
+
+    for size in (1, 100_000, 200_000):
+        with open(tmp_path / "log", "ab") as log:
+            shipper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            wait_until(functools.partial(has_grown, size), "the making of the database")
+        finally:
+            shipper.kill()
+            shipper.wait()
+        if size == 1:
+            assert not whole.exists(), "it was too late: nothing is shown"
+    done = call_sync(directory)
+    assert done.returncode == 0, done
+    assert len(runs_in(database(tmp_path), load_config(directory / "config.yaml", []).tracking.experiment)) == 1
+
+
 def test_more_lines_than_fit_into_one_batch_arrive_in_order(root: Path, finished: Path) -> None:
     directory = make_run(root, "many", steps=shipping.RECORDS_PER_BATCH * 2 + 1)
     Shipper(directory).ship("finished")
