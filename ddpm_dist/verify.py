@@ -181,8 +181,8 @@ class Rehearsal:
         newest = max(store.committed(), default=0)
         kill_at, victim = None, ""
         if kills_left:
-            # So that what is left of the run has room for the kills that are left.
-            kill_at = newest + self._draw.randint(1, max(1, 2 * ((self._steps - newest) // (kills_left + 1)) - 1))
+            # So that what is left of the run has room for the kills that are left, and for a slow hand.
+            kill_at = newest + self._draw.randint(1, max(1, (self._steps - newest) // (kills_left + 1)))
             victim = self._draw.choice(["all ranks", *(f"rank {rank}" for rank in range(world_size))])
         argv = [*self._command, f"run.name={name}"]
         log = self._root / f"{name}.log"
@@ -192,7 +192,7 @@ class Rehearsal:
                 time.sleep(0.005)  # the first kill, too, comes after a checkpoint: there is something to resume
             killed = bool(kill_at) and ranks.alive()
             if killed:
-                time.sleep(self._draw.uniform(0, 0.2))  # not always just after a line was logged
+                time.sleep(self._draw.uniform(0, _step_seconds(run, number)))  # not always just after a line was logged
                 ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if None in codes:
@@ -239,6 +239,13 @@ class CannotTrain(Exception):
 def _call(command: str, argv: Sequence[str]) -> int:
     """On a rank: a command by its name."""
     return int(pkgutil.resolve_name(command)(argv))
+
+
+def _step_seconds(run: Path, attempt: int) -> float:
+    """How long a step of this attempt takes, on average between its lines; 0 if it has logged but one."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt]
+    steps = lines[-1]["step"] - lines[0]["step"]
+    return float((lines[-1]["time"] - lines[0]["time"]) / steps) if steps else 0.0
 
 
 def _last_step(run: Path, attempt: int) -> int:

@@ -17,7 +17,7 @@ from harness import TINY, call_train, snapshot, wait_until
 
 from ddpm_dist import verify
 
-SHORT = ("--kills", "2", "--steps", "24", "--seed", "3", *TINY, "elastic.mode=bitwise")
+SHORT = ("--kills", "2", "--steps", "36", "--seed", "3", *TINY, "elastic.mode=bitwise")
 
 
 def run(*arguments: str) -> int:
@@ -30,8 +30,8 @@ def test_a_killed_and_moved_run_is_shown_to_be_equal(tmp_path: Path, capfd: pyte
     assert "EQUAL: killed 2 times, ranks 1->2->4: the same bits" in said
     assert said.count(" equal") == 4
     for name in ("undisturbed", "disturbed"):
-        state = torch.load(tmp_path / name / "checkpoints" / "step-00000024.pt", weights_only=True)
-        assert state["step"] == 24
+        state = torch.load(tmp_path / name / "checkpoints" / "step-00000036.pt", weights_only=True)
+        assert state["step"] == 36
     before = snapshot(tmp_path)
     assert run("--keep", str(tmp_path)) == 78
     assert "exists already" in capfd.readouterr().err
