@@ -38,13 +38,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def time_limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SubmittedRun]]:
-    """Two runs in jobs of one minute, on a cluster of their own; one is signalled ahead of its limit.
+def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SubmittedRun]]:
+    """Runs that wait for minutes and hardly work, on a cluster of their own.
 
-    Each is cancelled in its third life.
+    "lead" and "limit" are in jobs of one minute, one of them signalled ahead of its limit; each is cancelled in its
+    third life. "crashing" never gets as far as training.
     """
-    root, endless = tmp_path_factory.mktemp("limit"), ("train.max_steps=1000000", "checkpoint.every=100000")
-    with cluster_of("--nodes", "2", "--cpus", "1", "--gpus", "0") as other, ThreadPoolExecutor() as threads:
+    root, endless = tmp_path_factory.mktemp("unattended"), ("train.max_steps=1000000", "checkpoint.every=100000")
+    with cluster_of("--nodes", "4", "--cpus", "1", "--gpus", "0") as other, ThreadPoolExecutor() as threads:
         # SIGURG is ignored by who does not listen for it: this job gets nothing before its time is up.
         found = {
             name: SubmittedRun(other, root, (*RUN, *endless), ("--nodes=1", "--time=1", f"--signal={signal}"), name)
@@ -52,6 +53,7 @@ def time_limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         }
         for run in found.values():
             threads.submit(_cancel_in_third_life, run)
+        found["crashing"] = _crashing(other, root)
         yield found
 
 
@@ -60,8 +62,21 @@ def _cancel_in_third_life(run: SubmittedRun) -> None:
     run.cluster.run("scancel", run.job)
 
 
+def _crashing(cluster: Cluster, root: Path) -> SubmittedRun:
+    """Real deaths of a real worker: Python imports sitecustomize before anything else."""
+    bad = root / "bad"
+    bad.mkdir()
+    (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
+    path = cluster.environment["PYTHONPATH"]
+    cluster.environment["PYTHONPATH"] = f"{bad}:{path}"  # a job keeps what it was submitted with
+    try:
+        return SubmittedRun(cluster, root, RUN, ("--nodes=2", "--ntasks-per-node=1"), "crashing")
+    finally:
+        cluster.environment["PYTHONPATH"] = path
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the runs of the time limit with the first test of SLURM, since they take minutes."""
+    """Start the unattended runs with the first test of SLURM, since they take minutes."""
     ours = [item for item in items if isinstance(item, pytest.Function) and item.get_closest_marker("slurm")]
-    if any("time_limited" in item.fixturenames for item in ours):
-        ours[0].fixturenames.insert(0, "time_limited")
+    if any("unattended" in item.fixturenames for item in ours):
+        ours[0].fixturenames.insert(0, "unattended")

@@ -68,21 +68,6 @@ def test_a_broken_config_fails_once(cluster: Cluster, tmp_path: Path, key: str, 
     assert words in errors[0]
 
 
-def test_a_training_that_always_crashes_is_tried_three_times(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    # Real deaths of real workers: Python imports this before anything else.
-    (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
-    monkeypatch.setitem(cluster.environment, "PYTHONPATH", f"{bad}:{cluster.environment['PYTHONPATH']}")
-    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
-    fields = cluster.wait_for_end(run.job, run.log, 150)
-    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2")
-    assert [end[1] for end in run.ends()] == ["again", "again", "none"]
-    assert "3 lives in a row died and saved nothing new: stays failed" in run.output()
-
-
 def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
     cluster: Cluster, tmp_path: Path, reference: Path
 ) -> None:

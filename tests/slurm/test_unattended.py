@@ -1,6 +1,6 @@
-"""A job whose time is up comes back until the run is done, with a signal ahead of the limit and without one.
+"""A job whose time is up comes back until the run is done; one whose training always crashes does so three times.
 
-A time limit takes a minute at least, so these jobs run beside the other tests of this folder.
+These take minutes of waiting and little work, so they run beside the other tests of this folder.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 @pytest.mark.parametrize("name", ["lead", "limit"])
-def test_the_time_limit_is_reached_twice(time_limited: dict[str, SubmittedRun], name: str) -> None:
-    run = time_limited[name]
+def test_the_time_limit_is_reached_twice(unattended: dict[str, SubmittedRun], name: str) -> None:
+    run = unattended[name]
     run.wait_until(lambda: len(run.ends()) == 3, "the end of the third life", 390)
     # Without a lead SLURM kills after KillWait: the next life is ordered before this one has left its code.
     code = "75" if name == "lead" else "none"
@@ -24,3 +24,11 @@ def test_the_time_limit_is_reached_twice(time_limited: dict[str, SubmittedRun], 
     assert [attempt["reason"] for attempt in run.attempts()[:2]] == [reason] * 2
     assert ("time limit reached: requeued" in run.output()) == (name == "limit")
     run.assert_no_step_twice(metrics(run.directory)[-1]["step"])
+
+
+def test_a_training_that_always_crashes_is_tried_three_times(unattended: dict[str, SubmittedRun]) -> None:
+    run = unattended["crashing"]
+    fields = run.cluster.wait_for_end(run.job, run.log, 150)
+    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2")
+    assert [end[1] for end in run.ends()] == ["again", "again", "none"]
+    assert "3 lives in a row died and saved nothing new: stays failed" in run.output()
