@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -36,3 +37,9 @@ def refuse(error: Exception) -> int:
         raise error
     print(said[1], file=sys.stderr, flush=True)
     return said[0]
+
+
+def nobody_reads() -> int:
+    """After a BrokenPipeError: `... | head` has seen enough. Python would complain once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, nobody_reads, refuse
 from ddpm_dist.errors import UserError
 from ddpm_dist.evaluation.report import AttemptReport, Report, read_report
 from ddpm_dist.run.nodes import compress
@@ -50,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_all(args.run_directories, args.json)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `status ... | head` has seen enough; Python would complain once more when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        return nobody_reads()
 
 
 def _print_all(paths: Sequence[Path], as_json: bool) -> int:

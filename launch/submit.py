@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, nobody_reads, refuse
 from ddpm_dist.config import check_world_size, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, UserError
 from launch.cluster import sacct_answers
@@ -113,10 +113,13 @@ def _submit(request: Request, runs: Sequence[Request], args: argparse.Namespace)
     folder = _private_folder(request, make=not args.dry_run)
     executor = _executor(request, runs, args, folder)
     if args.dry_run:
-        if args.cluster == "slurm":
-            print(sbatch_text(executor, len(runs)))
-        for run in runs:
-            print(f"# {run.config.directory}\n{to_yaml(run.config)}")
+        try:
+            if args.cluster == "slurm":
+                print(sbatch_text(executor, len(runs)))
+            for run in runs:
+                print(f"# {run.config.directory}\n{to_yaml(run.config)}", flush=True)
+        except BrokenPipeError:
+            return nobody_reads()
         return 0
     with executor.batch():
         jobs = [executor.submit(Task(tuple(arguments_of(run)))) for run in runs]

@@ -61,6 +61,15 @@ def test_the_text_that_sbatch_gets(capsys: pytest.CaptureFixture[str], name: str
     assert text == golden.read_text()
 
 
+def test_a_dry_run_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, "-m", "launch.submit", *QUICK, f"run.root={tmp_path}", "--nodes=1", "--dry-run"]
+    with open(writing, "wb") as gone:
+        done = subprocess.run(argv, stdout=gone, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_dry_run_prints_the_resolved_config_and_touches_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
