@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What comes after a life of a SLURM job: nothing, or another life. Called in the batch shell of train.sbatch and of
-# launch.submit, outside any container: needs bash, sed, awk, stat and scontrol.
+# launch.submit, outside any container: needs bash, sed, awk, coreutils and scontrol.
 #
-#   requeue.sh begin RUN_DIR                        before the trainer starts
+#   requeue.sh begin RUN_DIR                        before the trainer starts; fails where a bound is reached
 #   requeue.sh told RUN_DIR                         when SIGTERM came, while the trainer saves
 #   requeue.sh end RUN_DIR EXIT_CODE COMMAND...     after it; COMMAND submits a successor where SLURM cannot requeue
 #
@@ -10,10 +10,11 @@
 # MAX_REQUEUES (1000) and TOTAL_MINUTES (0: any) bound the lives, those of successors included (DDPM_CHAIN).
 set -uo pipefail
 trap '' TERM INT HUP USR1 USR2 # SLURM ends the old life while this still works
+export SLURM_TIME_FORMAT=standard # for PreemptTime
 
 action=$1 run=$2
 shift 2
-about="" state=""
+about="" state="" code="" died="" seconds=0
 log=$run/slurm.log
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -25,10 +26,11 @@ say() { echo "slurm: job $job, life $life: $*" >&2; }
 status() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$run/status.json" 2>/dev/null | head -n 1; }
 saved() { local step; step=$(status saved_step); echo "${step:-null}"; }
 of_job() { sed -n "s/^$1=//p" <<<"$about" | head -n 1; }
-# A run directory that is a link is the trainer's to judge: it may lead out of run.root.
+# Nothing is written through a link out of run.root, which the trainer refuses. A full disk is no reason to stop.
+leads_out() { [ -L "$run" ] && [[ $(readlink -f "$run") != "$(readlink -f "$(dirname "$run")")"/* ]]; }
 write() {
-    [ ! -L "$run" ] && mkdir -p "$run" 2>/dev/null || return 0
-    echo "time=$(date +%s) chain=$chain job=$job life=$life $*" >>"$log" 2>/dev/null
+    ! leads_out && mkdir -p "$run" 2>/dev/null || return
+    { echo "time=$(date +%s) chain=$chain job=$job life=$life $*" >>"$log"; } 2>/dev/null
 }
 # Sums and counts over the lines of this chain; $1 is the last awk rule.
 of_chain() {
@@ -49,9 +51,11 @@ begin() {
     if [ "$open" -gt 0 ]; then
         last=$(stat -c %Y "$run"/attempts/*.json 2>/dev/null | sort -n | tail -n 1)
         since=$((${last:-0} > open ? last - open : 0))
-        write "event=killed seconds=$since"
+        write "event=killed saved=$(saved) seconds=$since next=again" # SLURM has ordered the next one: this
     fi
+    bound "requeued by SLURM" "$life"
     write "event=begin saved=$(saved) nodes=$SLURM_JOB_NODELIST"
+    stalled "requeued by SLURM" "$(without_progress)"
 }
 
 # The exit code of rank 0: from status.json if this very life wrote it, else as left before there was a run to hold;
@@ -65,12 +69,18 @@ exit_code() {
     echo "${code#null}"
 }
 
-# Lives in a row that saved nothing new, this one included; $1=died: those of them that died.
+# Lives in a row before this one that saved nothing new; $1=died: those of them that died. All where none is known.
 without_progress() {
+    is_logged || { echo "$life"; return; }
     of_chain '
         field("event") == "begin" { if (start != field("saved")) count = 0; start = field("saved") }
         field("'"${1:-next}"'") != "" { count++ }
-        END { print (start == "'"$(saved)"'") ? count + 1 : 0 }'
+        END { print (start == "'"$(saved)"'") ? count + 0 : 0 }'
+}
+
+# Whether the beginning of this life could be written down.
+is_logged() {
+    [ "$(of_chain 'field("event") == "begin" { last = field("job") "/" field("life") } END { print last }')" = "$job/$life" ]
 }
 
 stay() { # WHY EXIT_CODE
@@ -79,20 +89,30 @@ stay() { # WHY EXIT_CODE
     exit "$2"
 }
 
-again() { # WHY COMMAND...
-    local why=$1 lives used
-    shift
+stalled() { # WHY LIVES
+    [ "$2" -lt "$stalls_allowed" ] ||
+        stay "$1, and $2 lives in a row saved nothing new: stays stopped" "${code:-1}"
+}
+
+# No further life beyond the bounds, whoever orders it.
+bound() { # WHY LIVES-OF-THIS-JOB
+    local lives used
     lives=$(of_chain 'field("event") == "begin" { count++ } END { print count + 0 }')
+    [ "$lives" -ge "$2" ] || lives=$2 # a log that could not be written
     used=$((seconds + $(of_chain '{ sum += field("seconds") } END { print sum + 0 }')))
     if [ "$lives" -gt "${MAX_REQUEUES:-1000}" ]; then
-        stay "$why, but came back $((lives - 1)) times already (MAX_REQUEUES): stays stopped" "${code:-1}"
+        stay "$1, but came back $((lives - 1)) times already (MAX_REQUEUES): stays stopped" "${code:-1}"
     fi
     if [ "${TOTAL_MINUTES:-0}" -gt 0 ] && [ "$used" -ge $((TOTAL_MINUTES * 60)) ]; then
-        stay "$why, but has used its $TOTAL_MINUTES minutes (TOTAL_MINUTES): stays stopped" "${code:-1}"
+        stay "$1, but has used its $TOTAL_MINUTES minutes (TOTAL_MINUTES): stays stopped" "${code:-1}"
     fi
-    if [ "$(without_progress)" -ge "$stalls_allowed" ]; then
-        stay "$why, and $stalls_allowed lives in a row saved nothing new: stays stopped" "${code:-1}"
-    fi
+}
+
+again() { # WHY COMMAND...
+    local why=$1
+    shift
+    bound "$why" $((life + 1))
+    stalled "$why" $(($(without_progress) + 1))
     write "event=end code=${code:-none} saved=$(saved) seconds=$seconds next=again $died"
     say "$why: requeued"
     if scontrol requeue "$job"; then
@@ -100,7 +120,7 @@ again() { # WHY COMMAND...
     fi
     say "SLURM does not requeue it (PreemptMode=CANCEL or JobRequeue=0?): submits a successor"
     for name in ${!SLURM_@}; do [ "$name" = SLURM_CONF ] || unset "$name"; done
-    DDPM_CHAIN=$chain "$@"
+    SBATCH_EXPORT=ALL DDPM_CHAIN=$chain "$@"
     local submitted=$?
     [ "$submitted" -eq 0 ] || say "no successor (exit code $submitted); submit the run again by hand"
     exit "${code:-1}"
@@ -119,14 +139,22 @@ look() {
     seconds=$((began > 0 ? $(date +%s) - began : 0))
 }
 
+# SIGNALING, SUSPENDED and the like are lives that go on.
+is_over() {
+    case $state in
+        *COMPLETING* | COMPLETED | CANCELLED | FAILED | TIMEOUT | NODE_FAIL | PREEMPTED | DEADLINE | OUT_OF_MEMORY) ;;
+        PENDING | REQUEUE*) ;;
+        *) return 1 ;;
+    esac
+}
+
 is_replaced() { local restarts; restarts=$(of_job Restarts); [ "${restarts:-0}" -gt "$life" ]; }
 
 # At the time limit SLURM kills all after KillWait seconds, this shell too, perhaps before the launcher has ended: so
 # the next life is ordered at once. It begins when this one is over, and sees what became of it.
 told() {
-    code="" died=""
     look
-    if ! is_replaced && [ "${state:-RUNNING}" != RUNNING ] && [ "$(of_job Reason):$(of_job Requeue)" = TimeLimit:1 ]; then
+    if ! is_replaced && is_over && [ "$(of_job Reason):$(of_job Requeue)" = TimeLimit:1 ]; then
         again "time limit reached" true
     fi
 }
@@ -134,7 +162,7 @@ told() {
 end() {
     local launcher=$1
     shift
-    code=$(exit_code) died=""
+    code=$(exit_code)
     rm -f "${DDPM_EXIT_CODE_FILE:-}"
     look
     if is_replaced; then
@@ -148,9 +176,10 @@ end() {
     # While this shell runs, a job that SLURM has ended is COMPLETING, whatever it will be called afterwards.
     local why="preempted"
     [ "$code" = 75 ] || why="killed before it could save"
-    if [ "${state:-RUNNING}" != RUNNING ]; then
+    if is_over; then
         case $(of_job Reason):$(of_job PreemptTime) in
             TimeLimit:*) again "time limit reached" "$@" ;;
+            NodeDown:*) again "a node failed" "$@" ;;
             *:2*) again "$why" "$@" ;;
             *) stay "cancelled: stays stopped" "${code:-1}" ;;
         esac
@@ -160,7 +189,7 @@ end() {
         75:* | :2* | :*:129 | :*:130 | :*:131 | :*:138 | :*:140 | :*:143) again "$why" "$@" ;;
     esac
     died=died=1
-    if [ "$(without_progress died)" -ge "$deaths_allowed" ]; then
+    if [ $(($(without_progress died) + 1)) -ge "$deaths_allowed" ]; then
         stay "exit code ${code:-none}, and $deaths_allowed lives in a row died and saved nothing new: stays failed" \
             "${code:-70}"
     fi

@@ -120,6 +120,8 @@ def test_preempted_comes_back(job: Life) -> None:
         ("COMPLETING", "TimeLimit", "None", True),
         ("COMPLETING", "None", "2026-11-23T18:42:25", True),  # PreemptMode=CANCEL
         ("RUNNING", "None", "2026-11-23T18:42:25", True),
+        ("COMPLETING", "NodeDown", "None", True),  # where SLURM may not requeue it
+        ("SIGNALING", "None", "None", True),  # --signal, before all nodes have said that it is delivered
     ],
 )
 def test_what_slurm_says_of_a_life_that_saved(
@@ -217,10 +219,51 @@ def test_bounded_in_time_with_lives_that_left_no_end(job: Life) -> None:
     (job.run / "attempts").mkdir()
     (job.run / "attempts" / "00001.json").write_text("{}")  # its last heartbeat is now
     job.slurm(restarts=1)
+    refused = job.call("begin", str(job.run), life=1, TOTAL_MINUTES="1")
+    assert refused.returncode != 0
+    assert "TOTAL_MINUTES" in refused.stderr
     job.status(life=1, state="preempted", exit_code=75, saved_step=4)
-    said = job.live(1, 1, TOTAL_MINUTES="1")[1]
+    assert "TOTAL_MINUTES" in job.end(1, 1, TOTAL_MINUTES="1")[1]
     assert job.requeued() == 0
-    assert "TOTAL_MINUTES" in said
+
+
+@pytest.mark.parametrize(("allowed", "began", "why"), [("2", 3, "MAX_REQUEUES"), ("100", 20, "20 lives in a row")])
+def test_lives_that_slurm_requeues_itself_are_bounded_too(job: Life, allowed: str, began: int, why: str) -> None:
+    """A run that takes its node down at every start never gets as far as its end."""
+    for life in range(began):
+        begun = job.call("begin", str(job.run), life=life, MAX_REQUEUES=allowed)
+        assert (begun.returncode, begun.stderr) == (0, "")
+    refused = job.call("begin", str(job.run), life=began, MAX_REQUEUES=allowed)
+    assert refused.returncode != 0
+    assert why in refused.stderr
+
+
+def test_lives_that_slurm_requeues_after_progress_go_on(job: Life) -> None:
+    for life in range(25):
+        job.status(life=life - 1, state="running", saved_step=life // 5)
+        assert job.call("begin", str(job.run), life=life).returncode == 0
+
+
+@pytest.mark.parametrize(("code", "lives"), [(70, 3), (75, 20)])
+def test_the_bounds_hold_where_the_log_cannot_be_written(job: Life, code: int, lives: int) -> None:
+    (job.run / "slurm.log").mkdir(parents=True)
+    for life in range(lives):
+        job.slurm(restarts=life)
+        job.status(life=life, state="failed", exit_code=code, saved_step=3)
+        returned, said = job.live(1, life)
+    assert job.requeued() == lives - 1
+    assert returned == code
+    assert "in a row" in said
+
+
+@pytest.mark.parametrize("form", ["standard", "relative", "%H:%M:%S"])
+def test_preemption_is_seen_whatever_time_format_the_user_likes(job: Life, form: str) -> None:
+    time = '$([ "$SLURM_TIME_FORMAT" = standard ] && echo 2026-11-23T18:42:25 || echo 14:31:07)'
+    fields = f"JobId=7 JobState=COMPLETING Reason=None Requeue=1 Restarts=0 PreemptTime={time}"
+    job.script("scontrol", f'echo "$@" >>{job.root}/asked; [ "$1" = requeue ] || echo "{fields}"')
+    job.status(state="preempted", exit_code=75, saved_step=3)
+    assert job.live(1, SLURM_TIME_FORMAT=form)[0] == 75
+    assert job.requeued() == 1
 
 
 def test_a_successor_where_slurm_does_not_requeue(job: Life) -> None:
@@ -252,11 +295,22 @@ def test_an_array_is_requeued_task_by_task(job: Life) -> None:
     assert "requeue 6_1" in (job.root / "asked").read_text()
 
 
-def test_nothing_is_written_through_a_link(job: Life, tmp_path: Path) -> None:
-    """A run directory that leads out of run.root is refused by the trainer; until then nobody writes there."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
+def test_nothing_is_written_through_a_link_out_of_the_root(
+    job: Life, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Such a run directory is refused by the trainer; until then nobody writes there."""
+    outside = tmp_path_factory.mktemp("outside")
     job.run.symlink_to(outside)
     (job.root / "code").write_text("78\n")
     assert job.live(1)[0] == 78
     assert list(outside.iterdir()) == []
+
+
+def test_a_run_directory_that_is_a_link_inside_the_root_is_counted_like_any_other(job: Life) -> None:
+    (job.root / "run-v2").mkdir()
+    job.run.symlink_to("run-v2")
+    for life in range(3):
+        job.slurm(restarts=life)
+        said = job.live(1, life)[1]
+    assert job.requeued() == 2
+    assert "3 lives in a row died" in said
