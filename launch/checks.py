@@ -204,7 +204,7 @@ def check_accounting(case: Case) -> Iterator[Finding]:
 def check_shutdown(case: Case) -> Iterator[Finding]:
     given = case.site.environment.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     grace = seconds_in(case.partition.get("GraceTime", "0")) or 0
-    need = grace + (seconds_in(case.cluster.config.get("KillWait", "30 sec")) or 0)
+    need = max(grace, case.request.signal_seconds) + (seconds_in(case.cluster.config.get("KillWait", "30 sec")) or 0)
     if given is not None and (not given.isdigit() or int(given) < need):
         text = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={given}: torchrun would kill sooner than SLURM ({need} s); unset it"
         yield Finding("warning", "torchrun", text)

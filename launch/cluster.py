@@ -98,7 +98,10 @@ def is_usable(node: Fields) -> bool:
 def _ask(*what: str) -> str:
     if shutil.which("scontrol") is None:
         raise ConfigError("no scontrol here: run it on a machine that submits jobs (a login node)")
-    asked = subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, timeout=60)
+    try:
+        asked = subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"scontrol show {' '.join(what)}: SLURM's controller does not answer") from None
     if asked.returncode:
         said = " ".join((asked.stderr or asked.stdout).split())
         raise ConfigError(f"scontrol show {' '.join(what)}: {said}")

@@ -59,9 +59,11 @@ def is_over(job: Any) -> bool:
     """Of a job that SLURM knows no more, too; a requeued one is not over."""
     if "SlurmJob" not in type(job).__name__:
         return bool(job.done())
-    asked = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner", str(job.job_id)], capture_output=True, text=True, timeout=60
-    )
+    argv = ("scontrol", "show", "job", "--oneliner", str(job.job_id))
+    try:
+        asked = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
     if asked.returncode:
         return "Invalid job id" in asked.stderr  # else the controller does not answer just now
     state = next((field for field in asked.stdout.split() if field.startswith("JobState=")), "")

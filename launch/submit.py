@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: this machine")
     how.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,...", help="a grid; one key each")
     how.add_argument("--at-once", type=int, default=4, metavar="N", help="jobs of a sweep that run at once (default 4)")
-    how.add_argument("--wait", action="store_true", help="follow the log until the run has ended")
+    how.add_argument("--wait", action="store_true", help="follow the log until the job (not a successor) ends")
     how.add_argument("--dry-run", action="store_true", help="print the sbatch text and the config, submit nothing")
     return parser.parse_intermixed_args(argv)
 
@@ -196,7 +196,7 @@ def _slurm(request: Request, runs: Sequence[Request], args: argparse.Namespace) 
         "array_parallelism": args.at_once,
         "setup": _setup(request, runs),
         "teardown": ['exec bash "$requeue" end "$run" "$?" bash -c "$again"'],
-        "srun_args": [f"--cpus-per-task={request.cpus_per_task}", f"--wait={SRUN_WAIT_SECONDS}"],
+        "srun_args": [f"--cpus-per-task={request.cpus_per_task}", "--export=ALL", f"--wait={SRUN_WAIT_SECONDS}"],
         "additional_parameters": extra,
     }
 
@@ -216,8 +216,15 @@ def _setup(request: Request, runs: Sequence[Request]) -> list[str]:
         "again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}",
         f"export MAX_REQUEUES={request.max_requeues} TOTAL_MINUTES={total}",
         "export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
-        "trap : TERM INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards",
-        'bash "$requeue" begin "$run"',
+        "trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards",
+        """trap 'bash "$requeue" told "$run"' TERM""",
+        "srun() {  # a signal ends wait, not srun",
+        '    command srun "$@" &',
+        "    local step=$!",
+        '    while kill -0 "$step" 2>/dev/null; do wait "$step"; done',
+        '    wait "$step"',
+        "}",
+        'bash "$requeue" begin "$run" || exit',
     ]
 
 

@@ -108,7 +108,7 @@ def test_nothing_is_wrong_with_a_healthy_request() -> None:
             [],
             recorded,
             site(environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}),
-            *("warning", "torchrun", ["TIMEOUT=5", "15 s", "unset"]),
+            *("warning", "torchrun", ["TIMEOUT=5", "125 s", "unset"]),
         ),
         ([], recorded, site(trouble="/runs: Permission denied"), "error", "run.root", ["Permission denied"]),
         ([], recorded, site(file_system="ext4"), "warning", "run.root", ["ext4", "--on-node"]),

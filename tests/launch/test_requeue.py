@@ -295,9 +295,7 @@ def test_an_array_is_requeued_task_by_task(job: Life) -> None:
     assert "requeue 6_1" in (job.root / "asked").read_text()
 
 
-def test_nothing_is_written_through_a_link_out_of_the_root(
-    job: Life, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_nothing_is_written_through_a_link_out_of_the_root(job: Life, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Such a run directory is refused by the trainer; until then nobody writes there."""
     outside = tmp_path_factory.mktemp("outside")
     job.run.symlink_to(outside)

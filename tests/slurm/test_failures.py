@@ -85,7 +85,9 @@ def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
 
 
 def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    half = ("--nodes=1", "--ntasks=1", "--nodelist=node1")
+    # What else the batch shell sets must reach the tasks all the same.
+    export = "--export=PATH,HOME,SLURM_CONF,PYTHON,PYTHONPATH"
+    half = ("--nodes=1", "--ntasks=1", "--nodelist=node1", export)
     runs = [SubmittedRun(cluster, tmp_path, RUN, half, name=name) for name in ("one", "other")]
     for run in runs:
         run.wait_for_finish()

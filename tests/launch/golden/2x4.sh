@@ -28,12 +28,19 @@ agains=('cd <PROJECT> && <PYTHON> -m launch.submit --config=<PROJECT>/configs/qu
 again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}
 export MAX_REQUEUES=1000 TOTAL_MINUTES=10080
 export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-trap : TERM INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
-bash "$requeue" begin "$run"
+trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
+trap 'bash "$requeue" told "$run"' TERM
+srun() {  # a signal ends wait, not srun
+    command srun "$@" &
+    local step=$!
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
+}
+bash "$requeue" begin "$run" || exit
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --wait=120 apptainer exec --nv image.sif python -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
+srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --export=ALL --wait=120 apptainer exec --nv image.sif python -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
 
 
 # teardown

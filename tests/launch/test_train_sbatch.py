@@ -1,0 +1,153 @@
+"""slurm/train.sbatch up to srun and after it, on nodes and with requests that the cluster of tests/slurm does not have.
+
+scontrol, srun, sbatch and Python are scripts here; tests/slurm runs it on a real SLURM.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+CONFIG = "configs/quickstart.yaml"
+
+
+class Node:
+    """A node, and a job that begins there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.run = root, root / "run"
+        (root / "bin").mkdir()
+        self.can_requeue(True)
+        self.shows("TresPerNode=gres:gpu:2")
+        self.python(f"echo {self.run}")
+        self.script("srun", "exit 0")
+        self.script("sleep", "exit 0")
+
+    def script(self, name: str, body: str) -> None:
+        """Leaves a line with its arguments, each in brackets."""
+        path = self.root / "bin" / name
+        path.write_text(f'#!/bin/bash\nprintf "[%s]" "$@" >>{self.root}/{name}\necho >>{self.root}/{name}\n{body}\n')
+        path.chmod(0o755)
+
+    def python(self, where: str) -> None:
+        self.script("python", where)
+
+    def shows(self, fields: str) -> None:
+        (self.root / "job").write_text(f"JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 {fields}\n")
+
+    def can_requeue(self, answer: bool) -> None:
+        refused = "" if answer else '[ "$1" = requeue ] && exit 1\n'
+        self.script(
+            "scontrol", f'{refused}case "$2" in job) cat {self.root}/job ;; hostnames) echo node1 ;; esac; exit 0'
+        )
+        self.script("sbatch", "exit 0")
+
+    def start(self, life: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "DDPM", "PYTHON"))
+        }
+        environment |= {
+            "PATH": f"{self.root / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "ddpm",
+            "SLURM_JOB_PARTITION": "gpu",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_CPUS_PER_NODE": "4(x2)",
+            "SLURM_CPUS_ON_NODE": "4",
+            "SLURM_RESTART_COUNT": str(life),
+            **variables,
+        }
+        argv = ["bash", "slurm/train.sbatch", CONFIG]
+        return subprocess.run(argv, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+
+    def calls(self, name: str) -> list[str]:
+        path = self.root / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def requeues(self) -> list[str]:
+        return [call for call in self.calls("scontrol") if "[requeue]" in call]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def test_a_node_that_cannot_start_what_another_one_could_is_left(node: Node) -> None:
+    node.python("exit 127")
+    started = node.start(life=5)
+    assert started.returncode == 127
+    assert node.requeues() == ["[requeue][7]"]
+    assert "cannot start the trainer (exit code 127): requeued" in started.stderr
+    assert not node.calls("srun")
+
+
+@pytest.mark.parametrize(("life", "allowed"), [(0, "1000"), (5, "5")])
+def test_what_never_started_is_not_tried_for_ever(node: Node, life: int, allowed: str) -> None:
+    node.python("exit 127")
+    assert node.start(life, MAX_REQUEUES=allowed).returncode == 127
+    assert node.requeues() == []
+
+
+def test_an_array_task_is_requeued_by_its_own_name(node: Node) -> None:
+    node.python("exit 1")
+    node.start(life=1, SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="3")
+    assert node.requeues() == ["[requeue][6_3]"]
+
+
+def test_a_start_that_fails_once_is_tried_again(node: Node) -> None:
+    node.python(f"[ -e {node.root}/mounted ] || {{ touch {node.root}/mounted; exit 143; }}; echo {node.run}")
+    node.start()
+    assert len(node.calls("srun")) == 1
+    assert (node.run / "slurm.log").exists()
+
+
+@pytest.mark.parametrize("code", [65, 78])
+def test_a_config_that_is_refused_ends_it_at_once(node: Node, code: int) -> None:
+    node.python(f"exit {code}")
+    assert node.start(life=5).returncode == code
+    assert (len(node.calls("python")), node.requeues()) == (1, [])
+
+
+def test_where_a_bound_is_reached_nothing_starts(node: Node) -> None:
+    assert node.start(life=3, MAX_REQUEUES="2").returncode != 0
+    assert node.calls("srun") == []
+
+
+def test_of_unequal_nodes_the_smallest_counts(node: Node) -> None:
+    node.start(SLURM_JOB_CPUS_PER_NODE="128,2(x3),64", SLURM_CPUS_ON_NODE="128")
+    (call,) = node.calls("srun")
+    assert "[--cpus-per-task=2]" in call
+    assert "[--nproc-per-node=2]" in call
+
+
+@pytest.mark.parametrize(
+    ("shown", "asked"),
+    [
+        ("TresPerNode=gres:gpu:a100:4", "[--gres=gpu:a100:4]"),
+        ("TresPerNode=gres/gpu:4", "[--gres=gpu:4]"),
+        ("TresPerJob=gres:gpu:8", "[--gpus=8]"),
+        ("TresPerJob=gres/gpu:a100:8", "[--gpus=a100:8]"),
+        ("TresPerTask=cpu=4,gres/gpu=1", "[--gpus-per-task=1]"),
+        ("Reservation=mine", "[--reservation=mine]"),
+        ("Reservation=(null)", None),
+        ("ReqNodeList=node[1-2]", "[--nodelist=node[1-2]]"),
+        ("StdErr=/x StdOut=/data/My Project/slurm-7.out Power=", "[--output=/data/My Project/slurm-7.out]"),
+    ],
+)
+def test_a_successor_asks_for_what_this_job_has(node: Node, shown: str, asked: str | None) -> None:
+    node.shows(shown)
+    node.can_requeue(False)
+    node.script("srun", "exit 143")  # stopped while it started
+    node.start()
+    (call,) = node.calls("sbatch")
+    if asked is None:
+        assert "--reservation" not in call
+    else:
+        assert asked in call
+    assert call.endswith(f"[{PROJECT}/slurm/train.sbatch][{CONFIG}]")
