@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "preview.num_images=0",
             "tracking.enabled=false",
         )
-        overrides = [*(() if args.config else DEFAULT), *args.overrides, *fixed]
+        overrides = [*(() if args.config else DEFAULT), *args.overrides]
+        overrides += [*_schedule(load_config(args.config, overrides), args.steps), *fixed]
         _check(load_config(args.config, overrides), worlds)
         seed = random.randrange(10**6) if args.seed is None else args.seed
         print(f"seed {seed}", flush=True)
@@ -121,6 +122,13 @@ def _read_worlds(text: str) -> list[int]:
     if not worlds or min(worlds) < 1:
         raise ConfigError(f"--worlds {text}: expected numbers of ranks, like 1,2,4")
     return worlds
+
+
+def _schedule(config: Config, steps: int) -> list[str]:
+    """A cosine that ends where that of the config does, and not with the rehearsal; unknown there if in epochs."""
+    if config.optim.schedule != "cosine" or config.optim.decay_steps is not None:
+        return []
+    return [f"optim.decay_steps={config.train.max_steps or max(steps, config.optim.warmup_steps + 1)}"]
 
 
 def _check(config: Config, worlds: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -36,6 +37,18 @@ def test_a_killed_and_moved_run_is_shown_to_be_equal(tmp_path: Path, capfd: pyte
     assert run("--keep", str(tmp_path)) == 78
     assert "exists already" in capfd.readouterr().err
     assert snapshot(tmp_path) == before
+
+
+def test_a_cosine_with_a_warm_up_longer_than_the_rehearsal_is_proved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The config of the quick start: its learning rates, not those of a run of 24 steps."""
+    overrides = ("optim.schedule=cosine", "optim.warmup_steps=100", "train.max_steps=1800")
+    argv = ("--kills", "1", "--steps", "24", "--seed", "3", *TINY, "elastic.mode=bitwise", *overrides)
+    assert verify.main([*argv, "--worlds", "1,2", "--keep", str(tmp_path)]) == 0
+    assert "EQUAL: killed 1 times, ranks 1->2: the same bits" in capfd.readouterr().out
+    lines = (tmp_path / "disturbed" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["lr"] == pytest.approx(2e-4 * 24 / 100)
 
 
 def test_stream_mode_is_proved_on_one_number_of_ranks(capfd: pytest.CaptureFixture[str]) -> None:
