@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, load_config
@@ -251,14 +252,19 @@ def _call(command: str, argv: Sequence[str]) -> int:
 
 def _step_seconds(run: Path, attempt: int) -> float:
     """How long a step of this attempt takes, on average between its lines; 0 if it has logged but one."""
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt]
+    lines = _lines(run, attempt)
     steps = lines[-1]["step"] - lines[0]["step"]
     return float((lines[-1]["time"] - lines[0]["time"]) / steps) if steps else 0.0
 
 
 def _last_step(run: Path, attempt: int) -> int:
     """The last step that this attempt logged; 0 if none."""
-    return max((line["step"] for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt), default=0)
+    return max((line["step"] for line in _lines(run, attempt)), default=0)
+
+
+def _lines(run: Path, attempt: int) -> list[dict[str, Any]]:
+    """What this attempt logged."""
+    return [line for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 # What comes after a life of a SLURM job: nothing, or another life. Called in the batch shell of train.sbatch and of
 # launch.submit, outside any container: needs bash, sed, awk, coreutils and scontrol.
 #
+#   requeue.sh unstarted "" EXIT_CODE               where the trainer cannot even say which run it is
 #   requeue.sh begin RUN_DIR                        before the trainer starts; fails where a bound is reached
 #   requeue.sh told RUN_DIR                         when SIGTERM came, while the trainer saves
 #   requeue.sh end RUN_DIR EXIT_CODE COMMAND...     after it; COMMAND submits a successor where SLURM cannot requeue
@@ -42,6 +43,15 @@ of_chain() {
         }
         $2 != chain { next }
         '"$1" "$log"
+}
+
+# What an earlier life could do is the fault of this node; what never worked would never work.
+unstarted() {
+    if [ "$life" -gt 0 ] && [ "$life" -lt "${MAX_REQUEUES:-1000}" ]; then
+        say "${SLURMD_NODENAME:-this node} cannot start the trainer (exit code $1): requeued"
+        scontrol requeue "$job"
+    fi
+    exit "$1"
 }
 
 begin() {

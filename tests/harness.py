@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,14 @@ def call_train(argv: Sequence[str]) -> int:
     from ddpm_dist.train import main
 
     return main(argv)
+
+
+def call_unread(argv: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+    """A command whose reader has left before the first word, as `head` leaves later."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as gone:
+        return subprocess.run(argv, stdout=gone, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], timeout=60)
 
 
 def call_train_hastily(argv: Sequence[str]) -> int:

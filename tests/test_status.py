@@ -8,18 +8,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import call_train, metrics, snapshot, start, train, wait_for_step
+from harness import call_train, call_unread, metrics, snapshot, start, train, wait_for_step
 
 from ddpm_dist.status import duration, main
 
-ROOT = Path(__file__).parent.parent
 LONG = ("train.max_steps=100", "checkpoint.every=20", "distributed.timeout_seconds=5")
 
 
@@ -131,16 +129,7 @@ def test_many_nodes_do_not_fill_the_screen(run: Path) -> None:
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(finished: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with open(writing, "wb") as gone:
-        done = subprocess.run(
-            [sys.executable, "-m", "ddpm_dist.status", str(finished)],
-            stdout=gone,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-            timeout=60,
-        )
+    done = call_unread([sys.executable, "-m", "ddpm_dist.status", str(finished)])
     assert (done.returncode, done.stderr) == (0, b"")
 
 

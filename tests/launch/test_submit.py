@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import TINY, status
+from harness import TINY, call_unread, status
 
 from launch.request import minutes_of
 from launch.submit import from_arguments as request_from
@@ -62,11 +62,8 @@ def test_the_text_that_sbatch_gets(capsys: pytest.CaptureFixture[str], name: str
 
 
 def test_a_dry_run_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
     argv = [sys.executable, "-m", "launch.submit", *QUICK, f"run.root={tmp_path}", "--nodes=1", "--dry-run"]
-    with open(writing, "wb") as gone:
-        done = subprocess.run(argv, stdout=gone, stderr=subprocess.PIPE, timeout=60)
+    done = call_unread(argv)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
