@@ -25,8 +25,8 @@ from pathlib import Path
 
 from ddpm_dist.command import CommandLine, nobody_reads, refuse
 from ddpm_dist.errors import UserError
-from ddpm_dist.evaluation.report import AttemptReport, Report, read_report
-from ddpm_dist.run.nodes import compress
+from ddpm_dist.history.nodes import compress
+from ddpm_dist.history.report import AttemptReport, Report, read_report
 
 HEADINGS = ("attempt", "started", "took", "ranks", "nodes", "steps", "saved", "lost", "how it ended")
 MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json has them whole

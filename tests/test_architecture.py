@@ -15,11 +15,13 @@ from ddpm_dist.config import load_config
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ddpm_dist"
 FLOORS = {
-    **dict.fromkeys(("errors", "command", "config", "diffusion", "models", "parallel", "run"), 0),
+    **dict.fromkeys(("errors", "command", "randomness", "config", "diffusion", "models", "parallel", "run"), 0),
     **dict.fromkeys(("data", "tracking"), 1),
-    "evaluation": 2,
-    "training": 3,
-    **dict.fromkeys(("train", "sample", "evaluate", "export", "status", "sync", "verify"), 4),
+    "history": 2,
+    **dict.fromkeys(("build", "loading"), 2),
+    "evaluation": 3,
+    "training": 4,
+    **dict.fromkeys(("train", "sample", "evaluate", "export", "fetch", "status", "sync", "verify"), 5),
 }
 FREE_OF_TORCH = (
     "config",
@@ -30,9 +32,9 @@ FREE_OF_TORCH = (
     "run.preemption",
     "run.directory",
     "run.files",
-    "run.attempts",
-    "run.nodes",
-    "evaluation.report",
+    "history.attempts",
+    "history.nodes",
+    "history.report",
     "parallel.environment",
     "tracking",
     "tracking.journal",
@@ -181,7 +183,7 @@ def test_imports_of_the_walk_are_found_where_they_are() -> None:
             "from e import f",
             "from ddpm_dist.run import files",
             "from .environment import x",
-            "from . import rng",
+            "from . import probe",
             "if TYPE_CHECKING:",
             "    import g",
             "def h():",
@@ -191,7 +193,7 @@ def test_imports_of_the_walk_are_found_where_they_are() -> None:
     found = list(imports_in("ddpm_dist.parallel.distributed", ast.parse(source)))
     assert [each.imported for each in found] == [
         *("a.b", "d", "e.f", "ddpm_dist.run.files"),
-        *("ddpm_dist.parallel.environment", "ddpm_dist.parallel.rng", "g", "i"),
+        *("ddpm_dist.parallel.environment", "ddpm_dist.parallel.probe", "g", "i"),
     ]
     assert [each.imported for each in found if each.deferred] == ["i"]
     assert [each.imported for each in found if each.typing_only] == ["g"]

@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import DataError
-from ddpm_dist.parallel.rng import derive_seed, generator
+from ddpm_dist.randomness import derive_seed, generator
 from ddpm_dist.run.preemption import ignore_in_child
 
 

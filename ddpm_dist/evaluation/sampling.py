@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import Denoiser, ddim_sample, ddpm_sample
-from ddpm_dist.parallel.rng import generator
+from ddpm_dist.randomness import generator
 
 BLOCK_SIZE = 64
 

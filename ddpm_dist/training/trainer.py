@@ -16,7 +16,7 @@ from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.models.ema import EMA
 from ddpm_dist.parallel.distributed import Ranks
 from ddpm_dist.parallel.reduction import MeanReduction, Reduction, TreeReduction
-from ddpm_dist.parallel.rng import generator, seed_default_generators
+from ddpm_dist.randomness import generator, seed_default_generators
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.training.optim import learning_rate
 from ddpm_dist.training.precision import Numerics

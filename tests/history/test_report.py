@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ddpm_dist.evaluation.report import Logged, Report, kept_steps, make_report, seconds_per_step
-from ddpm_dist.run.attempts import AttemptRecord, How
+from ddpm_dist.history.attempts import AttemptRecord, How
+from ddpm_dist.history.report import Logged, Report, kept_steps, make_report, seconds_per_step
 
 NOW = 2e9
 BATCH = 10

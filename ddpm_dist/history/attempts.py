@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.history.nodes import Outcome
 from ddpm_dist.run import lease
 from ddpm_dist.run.directory import STATES
 from ddpm_dist.run.files import read_json
-from ddpm_dist.run.nodes import Outcome
 
 WATCH_SECONDS = 2.5 * lease.BEAT_SECONDS
 How = Literal["running", "finished", "preempted", "failed", "died", "left", "unknown"]

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ddpm_dist.run import attempts, lease
-from ddpm_dist.run.attempts import read_records, record_of
+from ddpm_dist.history import attempts
+from ddpm_dist.history.attempts import read_records, record_of
+from ddpm_dist.run import lease
 from ddpm_dist.run.lease import claim
 
 ELSEWHERE = {"host": "another-host", "boot": "x", "pid_namespace": "y", "pid": 1, "pid_started": 1}

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from ddpm_dist.parallel.rng import derive_seed, generator, seed_default_generators
+from ddpm_dist.randomness import derive_seed, generator, seed_default_generators
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_seed_of_given_parts_never_changes(parts: tuple[int | str, ...], seed: i
 
 
 def test_seed_is_the_same_in_a_process_with_other_string_hashes() -> None:
-    code = "from ddpm_dist.parallel.rng import derive_seed; print(derive_seed(3, 'noise', 'x'))"
+    code = "from ddpm_dist.randomness import derive_seed; print(derive_seed(3, 'noise', 'x'))"
     environment = {"PYTHONHASHSEED": "12345", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(out.stdout) == derive_seed(3, "noise", "x")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddpm_dist.run.nodes import Outcome, compress, suspicious_nodes, why_nobody
+from ddpm_dist.history.nodes import Outcome, compress, suspicious_nodes, why_nobody
 
 
 def died(*nodes: str, failed_node: str | None = None) -> Outcome:

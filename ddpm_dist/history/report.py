@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
-from ddpm_dist.run.attempts import AttemptRecord, as_count, as_number, as_text, as_time, read_records
+from ddpm_dist.history.attempts import AttemptRecord, as_count, as_number, as_text, as_time, read_records
+from ddpm_dist.history.nodes import Suspicion, suspicious_nodes, why_nobody
 from ddpm_dist.run.directory import STATES, RunDirectory
 from ddpm_dist.run.files import read_json
-from ddpm_dist.run.nodes import Suspicion, suspicious_nodes, why_nobody
 from ddpm_dist.tracking.journal import read_lines
 
 RECENT_LINES = 50  # of metrics.jsonl, for the time that a step takes now
