@@ -18,12 +18,14 @@ import pytest
 
 from ddpm_dist.config import (
     Config,
+    DataConfig,
     changes,
     check_world_size,
     describe_keys,
     from_flat,
     keys,
     load_config,
+    loader_workers,
     to_flat,
     to_yaml,
 )
@@ -483,6 +485,16 @@ def test_the_defaults_are_the_reference_recipe() -> None:
 
 def test_every_key_says_what_it_is_for() -> None:
     assert all(len(item.help) > 3 for item in keys().values())
+
+
+# The number of loader processes
+
+
+@pytest.mark.parametrize(("name", "workers"), [("folder", 2), ("mnist", 0), ("cifar10", 0), ("mnist5k", 0)])
+def test_loader_processes_are_those_asked_for_or_else_suit_the_data_set(name: Any, workers: int) -> None:
+    assert loader_workers(DataConfig(name=name)) == workers
+    for asked in (0, 1, 5):
+        assert loader_workers(DataConfig(name=name, num_workers=asked)) == asked
 
 
 # Changes

@@ -16,6 +16,7 @@ from ddpm_dist.config.schema import (
     describe_keys,
     from_flat,
     keys,
+    loader_workers,
     to_flat,
     to_yaml,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "from_flat",
     "keys",
     "load_config",
+    "loader_workers",
     "to_flat",
     "to_yaml",
 ]
