@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -11,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from harness import TINY
+from mlflow_server import answers, mlflow_server, shippers_of
 
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import ExitCode
@@ -46,49 +45,6 @@ def train(directory: RunDirectory, attempt: int) -> None:
         time.sleep(600)  # until it is killed
 
 
-@contextlib.contextmanager
-def server(place: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
-    with open(place / "server.log", "ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=place,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: uvicorn's workers too
-        process.wait(30)
-
-
-def answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
-
-
-def shippers_of(run: Path) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if "ddpm_dist.tracking.shipper" in words and str(run) in words:
-                found.append(int(path.parent.name))
-    return found
-
-
 def campaign(root: Path, seed: int, http_server: bool) -> str:
     """Kills 10 shippers, 3 servers (if there is one) and 3 trainers; then compares what MLflow has."""
     draw, port, killed = random.Random(seed), free_port(), {"shipper": 0, "server": 0, "trainer": 0}
@@ -100,7 +56,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
     directory.create()
     directory.write_config(config)
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(server(root, port))] if http_server else []
+        servers = [stack.enter_context(mlflow_server(root, port))] if http_server else []
         for attempt in range(1, LIVES + 1):
             argv = [sys.executable, __file__, str(directory.path), str(attempt)]
             trainer = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
@@ -114,7 +70,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
                 if http_server and killed["server"] < min(3, attempt):
                     os.killpg(servers[-1].pid, signal.SIGKILL)
                     time.sleep(3)
-                    servers.append(stack.enter_context(server(root, port)))
+                    servers.append(stack.enter_context(mlflow_server(root, port)))
                     killed["server"] += 1
             if attempt < LIVES:
                 trainer.kill()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import itertools
 import json
 import os
@@ -24,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import TINY, Job, call_train, metrics, start, status, wait_for_step
+from handmade import append, make_run
+from harness import Job, call_train, metrics, start, status, wait_for_step
+from mlflow_server import mlflow_server, shippers_of, wait_for_answer
 
 from ddpm_dist.config import Config, load_config, to_flat
 from ddpm_dist.errors import ExitCode
 from ddpm_dist.parallel.local import free_port
 from ddpm_dist.run import lease as leases
-from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import claim
 from ddpm_dist.tracking import shipper as shipping
-from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.shipper import METRICS, NotDelivered, Shipper, follow, prepare_client
 
 RUN = ("tracking.enabled=true", "checkpoint.every=7")
@@ -82,17 +82,6 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) ->
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
-
-
-def shippers_of(run: Path) -> list[int]:
-    """Pids of the shipper processes at work on a run directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = path.read_bytes().decode(errors="replace").split("\0")
-            if "ddpm_dist.tracking.shipper" in words and str(run) in words:
-                found.append(int(path.parent.name))
-    return found
 
 
 def wait_for_shippers(run: Path) -> None:
@@ -284,43 +273,10 @@ def server(
 ) -> Iterator[str]:
     """A real MLflow server, which comes up only after `undelivered` has been trained. Its address."""
     place = tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
     shutil.copy(root / "mlflow.db", place / "server.db")  # its many tables take seconds to make
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(place / "log", "wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=place,
-            env=environment,
-            start_new_session=True,
-        )
-
-    def answers() -> bool:
-        assert process.poll() is None, (place / "log").read_text()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    try:
-        wait_until(answers, "the MLflow server does not answer", 90)
+    with mlflow_server(place, port) as process:
+        wait_for_answer(process, place, port)
         yield address
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
 
 
 def train_with(environment: dict[str, str], argv: Sequence[str]) -> int:
@@ -375,30 +331,6 @@ def test_sync_delivers_everything_and_the_true_state_once_the_server_is_up(undel
 
 
 # A run directory made by hand, shipped from this process
-
-
-def make_run(root: Path, name: str, *overrides: str, steps: int = 20, state: str = "finished") -> RunDirectory:
-    """A run directory as a trainer leaves it, without the training."""
-    config = load_config(
-        None, [*TINY, f"run.root={root}", f"run.name={name}", f"tracking.experiment={name}", *overrides]
-    )
-    directory = RunDirectory(config.directory)
-    directory.create()
-    directory.write_config(config)
-    append(directory, range(1, steps + 1), attempt=1)
-    exit_code = ExitCode.FINISHED if state == "finished" else None
-    Attempt(directory, 1, steps, 1, steps).write(state, steps, "", exit_code)  # type: ignore[arg-type]
-    return directory
-
-
-def append(directory: RunDirectory, steps: range, attempt: int, **changes: float) -> None:
-    journal = Journal(directory.metrics_file)
-    for step in steps:
-        record = {"step": step, "epoch": step / 10, "attempt": attempt, "time": 1.7e9 + attempt * 1e4 + step / 3}
-        record |= {"loss": 1 / step + attempt, "lr": 1e-4 / step, "grad_norm": 0.1 + step, "images_per_second": 7.0}
-        record["skipped"] = 0
-        journal.append(record | changes)
-    journal.close()
 
 
 class Killed(BaseException):
