@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from ddpm_dist.config import CheckpointConfig
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.saver import Saver
+from ddpm_dist.run.store import CheckpointStore
 
 
 def state_of(megabytes: int, step: int) -> Checkpoint:

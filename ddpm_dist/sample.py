@@ -74,8 +74,8 @@ def _sample(args: argparse.Namespace) -> Path:
     from ddpm_dist.config import from_flat
     from ddpm_dist.evaluation.sampling import num_model_calls, sample_blocks
     from ddpm_dist.parallel.environment import cpu_threads, read_environment
-    from ddpm_dist.run.checkpoint import CheckpointStore
     from ddpm_dist.run.directory import RunDirectory
+    from ddpm_dist.run.store import CheckpointStore
     from ddpm_dist.training.build import build_diffusion, build_model
     from ddpm_dist.training.precision import configure_backends
 
@@ -83,10 +83,12 @@ def _sample(args: argparse.Namespace) -> Path:
     if not directory.config_file.exists():
         raise DataError(f"{directory.path}: no run here (no config.yaml)")
     store = CheckpointStore(directory.checkpoints)
-    found = store.newest_valid() if args.step is None else store.load(args.step)
-    if found is None:
+    if args.step is not None:
+        checkpoint = store.load(args.step)
+    elif found := store.newest_valid():
+        checkpoint = found.checkpoint
+    else:
         raise DataError(f"{directory.checkpoints}: no checkpoint yet")
-    checkpoint = found[0]
     config, shape = from_flat(checkpoint.config), checkpoint.contract["image_shape"]
 
     configure_backends(config.train, cpu_threads(read_environment()))  # as in the run

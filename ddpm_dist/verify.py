@@ -22,10 +22,10 @@ from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, load_config
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from ddpm_dist.parallel.local import LocalRanks
-from ddpm_dist.run.checkpoint import CheckpointStore
 from ddpm_dist.run.digest import digests
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import read_attempts
+from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import read_metrics
 
 EPILOG = """\
@@ -218,7 +218,7 @@ class Rehearsal:
         """Print what is equal and what is not."""
         ends = []
         for name in ("undisturbed", "disturbed"):
-            ends.append(digests(CheckpointStore(self._root / name / "checkpoints").load(self._steps)[0]))
+            ends.append(digests(CheckpointStore(self._root / name / "checkpoints").load(self._steps)))
         print(f"\n{'after step ' + str(self._steps):<16}  {'undisturbed':<16}  disturbed")
         for part, digest in ends[0].items():
             same = digest == ends[1][part]

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from ddpm_dist.errors import ConfigError
+
 Auto = Literal["auto", "true", "false"]
 
 
@@ -213,9 +215,15 @@ def keys() -> Mapping[str, Key]:
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
-    """Config from {dotted key: typed value}; keys left out keep their defaults."""
+    """Config from {dotted key: typed value}; keys left out keep their defaults.
+
+    Raises:
+        ConfigError: there is no such key; a checkpoint of another version may hold keys that this one does not know.
+    """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
+        if name not in keys():
+            raise ConfigError(f"unknown key {name!r}")
         section, item = name.split(".")
         sections.setdefault(section, {})[item] = value
     section_types = typing.get_type_hints(Config)

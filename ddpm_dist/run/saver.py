@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ddpm_dist.config import CheckpointConfig
 from ddpm_dist.errors import Diverged, TakenOver
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.store import CheckpointStore
 
 RETRY_SECONDS = 10.0
 MAX_FAILURES = 5  # in a row; then the run stops rather than train on what cannot be kept

@@ -21,10 +21,11 @@ from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.parallel.distributed import Ranks, pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
 from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.preemption import StopSignal
 from ddpm_dist.run.saver import Saver
+from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import Journal, read_metrics
 from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.training.build import build_batches, build_trainer

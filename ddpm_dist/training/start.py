@@ -13,9 +13,10 @@ import torch
 from ddpm_dist.config import Config, changes, from_flat, to_flat
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory, count_without_progress
 from ddpm_dist.run.lease import Lease, claim, read_attempts
+from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.process import choose_uri
 from ddpm_dist.training.contract import new_contract
 
@@ -107,15 +108,17 @@ class Starter:
                 f"{self.store.directory}: no checkpoint, although status.json says that step {saved} was saved; "
                 "restore it, or move the run directory away to start at step 0"
             )
-        step = found[0].step if found else 0
+        step = found.checkpoint.step if found else 0
         if found is not None:
-            self.directory.refuse_changes(from_flat(found[0].config), self.config)  # whatever became of config.yaml
+            self.directory.refuse_changes(
+                from_flat(found.checkpoint.config), self.config
+            )  # whatever became of config.yaml
             for path in self.store.set_aside(newer_than=step):
                 print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
         self.store.sweep()
         self.directory.sweep()
         self.lease.note(start_step=step, step=step)
-        sha256 = found[1] if found else None
+        sha256 = found.sha256 if found else None
         saved_step = step if found else None
         return Start(False, self.lease.number, saved_step, sha256, changed, without_progress, to_flat(self.config))
 
@@ -131,7 +134,7 @@ class Starter:
             raise ConfigError(f"not all ranks were given the same config: {'; '.join(refused + free)}")
         if start.saved_step is None:
             return None
-        return self.store.load(start.saved_step, start.sha256)[0]
+        return self.store.load(start.saved_step, start.sha256)
 
     def contract(
         self, images: Images, target: int, checkpoint: Checkpoint | None, device: torch.device

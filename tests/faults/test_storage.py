@@ -114,7 +114,7 @@ def test_checkpoints_on_a_read_only_file_system_end_the_run_with_that_reason(dis
 
 def call_train_on_a_slow_disk(argv: Sequence[str]) -> int:
     """Each save takes 7 s, far longer than ranks wait for each other here."""
-    from ddpm_dist.run.checkpoint import CheckpointStore
+    from ddpm_dist.run.store import CheckpointStore
 
     verify = CheckpointStore.verify
 

@@ -33,7 +33,7 @@ from campaign import (
 from harness import Job, call_train_hastily, metrics, start, state_differences, train
 
 from ddpm_dist.errors import DataError
-from ddpm_dist.run.checkpoint import CheckpointStore
+from ddpm_dist.run.store import CheckpointStore
 
 
 def kills(root: Path, count: int, seed: int) -> str:

@@ -22,8 +22,10 @@ from harness import Job, differences, snapshot
 
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.errors import DataError, Diverged, ExitCode, TakenOver
-from ddpm_dist.run.checkpoint import FORMAT, Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.files import replacing, sha256_of
+from ddpm_dist.run.formats import FORMAT
+from ddpm_dist.run.store import CheckpointStore, Found
 
 
 def trained_state(seed: int, channels: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,10 +71,14 @@ def manifest(store: CheckpointStore, step: int) -> Path:
     return pt(store, step).with_suffix(".json")
 
 
-def newest(store: CheckpointStore) -> int:
+def find(store: CheckpointStore) -> Found:
     found = store.newest_valid()
     assert found is not None
-    return found[0].step
+    return found
+
+
+def newest(store: CheckpointStore) -> int:
+    return find(store).checkpoint.step
 
 
 def commit(store: CheckpointStore, step: int, content: bytes) -> None:
@@ -90,7 +96,7 @@ def test_everything_comes_back_to_the_bit_and_in_its_memory_format(tmp_path: Pat
     saved = make(7)
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(saved, {})
-    loaded, _ = store.load(7)
+    loaded = store.load(7)
     assert differences(vars(saved), vars(loaded)) == []
     assert loaded.model["0.weight"].is_contiguous(memory_format=torch.channels_last)
     assert not loaded.model["0.weight"].is_contiguous()
@@ -120,13 +126,13 @@ def test_the_manifest_says_what_the_file_is(tmp_path: Path) -> None:
         "attempt": 3,
         "world_size": 4,
     }
-    assert store.load(200)[1] == facts["sha256"]
+    assert find(store).sha256 == facts["sha256"]
 
 
 def test_a_rank_loads_only_the_very_file_that_rank_zero_chose(tmp_path: Path) -> None:
     store = store_with(tmp_path, 4)
-    chosen = store.load(4)[1]
-    assert store.load(4, chosen)[0].step == 4
+    chosen = find(store).sha256
+    assert store.load(4, chosen).step == 4
     store.save(make(4, scaler={"scale": 1.0}), {})  # somebody else wrote it anew
     with pytest.raises(DataError, match=r"step-00000004\.pt"):
         store.load(4, chosen)
@@ -196,14 +202,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
     def failing(path: Path) -> str:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr("ddpm_dist.run.checkpoint.sha256_of", failing)
+    monkeypatch.setattr("ddpm_dist.run.store.sha256_of", failing)
     with pytest.raises(OSError, match=os.strerror(number)):
         store.newest_valid()
 
 
 def test_one_wrong_reading_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, answers = store_with(tmp_path, 2, 4), iter(["0" * 64])
-    monkeypatch.setattr("ddpm_dist.run.checkpoint.sha256_of", lambda path: next(answers, None) or sha256_of(path))
+    monkeypatch.setattr("ddpm_dist.run.store.sha256_of", lambda path: next(answers, None) or sha256_of(path))
     assert newest(store) == 4
 
 
@@ -601,7 +607,7 @@ def test_the_content_is_on_disk_before_its_manifest_is(tmp_path: Path, monkeypat
 
 def test_a_checkpoint_of_format_1_is_read_for_ever() -> None:
     """The file is as version 0.1.0 wrote it. A later format adds a folder; it never changes this one."""
-    checkpoint, _ = CheckpointStore(Path(__file__).parent / "format-1").load(4)
+    checkpoint = CheckpointStore(Path(__file__).parent / "format-1").load(4)
     weight = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     assert checkpoint.step == 4
     assert torch.equal(checkpoint.model["head.weight"], weight)

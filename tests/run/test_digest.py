@@ -10,8 +10,9 @@ import pytest
 import torch
 from harness import train
 
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.digest import digests
+from ddpm_dist.run.store import CheckpointStore
 
 PARTS = {"weights": "model", "ema": "ema", "optimizer": "optimizer", "scaler": "scaler"}
 
@@ -19,7 +20,7 @@ PARTS = {"weights": "model", "ema": "ema", "optimizer": "optimizer", "scaler": "
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     run = train(1, tmp_path_factory.mktemp("run"), "train.max_steps=2", "train.precision=fp16")
-    return CheckpointStore(run / "checkpoints").load(2)[0]
+    return CheckpointStore(run / "checkpoints").load(2)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -13,8 +13,9 @@ import torch
 from ddpm_dist.config import CheckpointConfig
 from ddpm_dist.errors import Diverged, TakenOver
 from ddpm_dist.run import saver as saving
-from ddpm_dist.run.checkpoint import Checkpoint, CheckpointStore
+from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.saver import Saver
+from ddpm_dist.run.store import CheckpointStore
 
 
 def state(step: int) -> Checkpoint:
@@ -57,7 +58,7 @@ def test_what_training_changes_after_the_call_is_not_saved(tmp_path: Path) -> No
     live.optimizer["param_groups"][0]["lr"] = 7
     recorder.may_write.set()
     recorder.saver.finish()
-    saved, _ = recorder.store.load(3)
+    saved = recorder.store.load(3)
     assert saved.model["w"].unique().tolist() == [3]
     assert saved.ema["w"].unique().tolist() == [6]
     assert saved.optimizer["state"][0]["exp_avg"].unique().tolist() == [1.5]
@@ -78,7 +79,7 @@ def test_the_call_returns_before_the_file_is_there_and_one_save_is_under_way_at_
     second.join(20)
     recorder.saver.finish()
     assert recorder.committed == [1, 2]
-    assert recorder.store.load(1)[0].model["w"].unique().tolist() == [1]
+    assert recorder.store.load(1).model["w"].unique().tolist() == [1]
 
 
 def test_buffers_are_used_again(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_buffers_are_used_again(tmp_path: Path) -> None:
         recorder.saver.finish()
         pointers.append(recorder.saver._buffers["model", "w"].data_ptr())
     assert len(set(pointers)) == 1
-    assert [recorder.store.load(step)[0].model["w"][0].item() for step in (1, 2, 3)] == [1, 2, 3]
+    assert [recorder.store.load(step).model["w"][0].item() for step in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_old_ones_go_only_once_the_new_one_is_there(tmp_path: Path) -> None:
