@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ddpm_dist.config import Config, changes, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
 from ddpm_dist.run.files import TEMPORARY, Fence, no_fence, read_json, replacing, write_json
-from ddpm_dist.run.lease import Lease, slurm_life
+from ddpm_dist.run.lease import Lease, slurm_restart
 
 State = Literal["running", "preempted", "finished", "failed"]
 STATES = frozenset(typing.get_args(State))
@@ -172,7 +172,7 @@ class Attempt:
                 "time": time.time(),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                **slurm_life(),
+                **slurm_restart(),
             },
             self.directory.fence,
         )

@@ -196,11 +196,11 @@ def _identity() -> dict[str, Any]:
         "pid_namespace": os.readlink(namespace) if namespace.exists() else None,
         "pid": pid,
         "pid_started": _start_time(pid),
-        **slurm_life(),
+        **slurm_restart(),
     }
 
 
-def slurm_life() -> dict[str, Any]:
+def slurm_restart() -> dict[str, Any]:
     """Which job this is, and how often SLURM has started it anew; None outside SLURM."""
     count = os.environ.get("SLURM_RESTART_COUNT", "0")  # not set in a job's first life
     job = os.environ.get("SLURM_JOB_ID")
