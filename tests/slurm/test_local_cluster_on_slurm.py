@@ -1,0 +1,49 @@
+"""slurm/local-cluster itself: nodes that crash and come back, and no trace after `down`, in both of its modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, cluster_of
+
+from launch.local_cluster.description import load
+from launch.local_cluster.processes import all_pids, command_of, environment_of
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
+
+
+def tasks(cluster: Cluster, node: str) -> int:
+    """How many tasks of jobs run on a node."""
+    ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={cluster.state}/slurm.conf".encode()}
+    return sum(command_of(pid)[:2] == [b"sleep", b"600"] and ours <= {*environment_of(pid)} for pid in all_pids())
+
+
+@pytest.mark.parametrize("mode", ["auto", "ports"])
+def test_a_node_crashes_and_comes_back_and_down_leaves_nothing(tmp_path: Path, mode: str) -> None:
+    log, size = tmp_path / "log", ("--nodes", "2", "--cpus", "1", "--gpus", "0")
+    patient = ("--slurmd-timeout", "100")  # SLURM itself is not to end the job of a silent node in this test
+    with cluster_of(*size, *patient, "--mode", mode) as cluster:
+        job = cluster.submit(log, "--nodes=2", "--no-requeue", "--wrap=exec srun sh -c 'exec sleep 600'")
+        cluster.wait_until(lambda: tasks(cluster, "node1") == tasks(cluster, "node2") == 1, "a task a node", log)
+
+        cluster.control("crash-slurmd", "node2")
+        assert tasks(cluster, "node2") == 1, "its tasks run on"
+        cluster.control("crash", "node2")
+        cluster.wait_until(lambda: tasks(cluster, "node2") == 0, "the end of every process of the node", log, 10)
+        assert tasks(cluster, "node1") == 1, "and none of another's"
+        cluster.control("restore", "node2")
+        cluster.run("scancel", job)
+        cluster.wait_until(cluster.is_idle, "idle", log)
+        assert cluster.run("srun", "--nodes=2", "hostname")[0] == 0
+
+        description = load(cluster.state)
+        assert description is not None
+        cluster.control("down")
+        assert not cluster.state.exists()
+        ours = f"SLURM_CONF={description.slurm_conf}".encode()
+        assert [pid for pid in all_pids() if ours in environment_of(pid)] == []
+        for path in ("/proc/mounts", "/etc/hosts"):
+            assert str(description.state) not in Path(path).read_text()
+        assert list(Path("/run/netns").glob(f"{description.identity.prefix}*")) == []
+        assert not Path(f"/sys/class/net/{description.identity.prefix}h").exists()
