@@ -23,8 +23,9 @@ import pytest
 import torchvision.datasets
 
 from ddpm_dist.config import DataConfig
-from ddpm_dist.data.datasets import IDX_FILES, load, prepare, read_idx_images
+from ddpm_dist.data.datasets import IDX_FILES, load, prepare
 from ddpm_dist.data.download import download_once
+from ddpm_dist.data.in_memory import read_idx_images
 from ddpm_dist.errors import DataError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)

