@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,254 @@ def test_fingerprint_of_a_folder_follows_its_files_and_not_its_place(tmp_path: P
     assert folder("more", ("0.png", "1.png", "2.png")) != first
     assert folder("renamed", ("0.png", "2.png")) != first
     assert folder("larger", ("0.png", "1.png"), size=9) != first
+
+
+# The pixels are those that a viewer shows, whatever the format. Files are made by hand where Pillow writes none such.
+
+XFAIL = pytest.mark.xfail(strict=True, reason="16 bits, EXIF and transparency are not looked at yet")
+WHITE = 255
+
+
+def png(pixels: np.ndarray, depth: int, colour_type: int, transparent: tuple[int, ...] = ()) -> bytes:
+    """A PNG file.
+
+    Args:
+        pixels: [H, W, samples per pixel], whole numbers of `depth` bits.
+        colour_type: 0 grey, 2 RGB, 4 grey and alpha, 6 RGB and alpha.
+        transparent: the samples of the one colour that is transparent (the tRNS chunk).
+    """
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = pixels.shape[:2]
+    bits = (pixels.reshape(height, -1, 1).astype(np.uint16) >> np.arange(depth)[::-1]) & 1
+    rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b"",
+            chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+def read(path: Path, content: bytes | None = None) -> np.ndarray:
+    """The picture of one file, which has its size already: [3, H, W]."""
+    if content is not None:
+        path.write_bytes(content)
+    with Image.open(path) as image:
+        assert image.width == image.height
+        size = image.width
+    return ImageFolder(path.parent, size).fetch([0])[0].numpy()
+
+
+def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """What shows of a colour (0 .. 255) over a white ground, where alpha is 0 .. 255: [..., samples]."""
+    share = alpha[..., None] / 255
+    return np.rint(share * colour + (1 - share) * WHITE)
+
+
+def channels_first(pixels: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).transpose(2, 0, 1)
+
+
+def test_the_png_files_made_here_are_what_they_say(tmp_path: Path) -> None:
+    for depth, colour_type, samples in ((1, 0, 1), (2, 0, 1), (4, 0, 1), (8, 0, 1), (8, 2, 3), (8, 4, 2), (8, 6, 4)):
+        pixels = random_pixels(8, 8, samples) >> (8 - depth)
+        (tmp_path / "0.png").write_bytes(png(pixels, depth, colour_type))
+        with Image.open(tmp_path / "0.png") as image:
+            shown = np.asarray(image.convert({1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[samples])).reshape(pixels.shape)
+        np.testing.assert_array_equal(shown, pixels.astype(int) * 255 // (2**depth - 1))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, pytest.param(16, marks=XFAIL)])
+def test_grey_png_of_any_depth_keeps_its_brightness(tmp_path: Path, depth: int) -> None:
+    most = 2**depth - 1
+    ramp = np.linspace(0, most, 4096).round().astype(int).reshape(64, 64, 1)
+    shown = read(tmp_path / "0.png", png(ramp, depth, 0))
+    np.testing.assert_array_equal(shown, channels_first(np.floor(ramp * 255 / most + 0.5)))
+    assert abs(shown.mean() - 127.5) < 0.5
+
+
+def test_colour_png_of_16_bits_keeps_its_colours(tmp_path: Path) -> None:
+    """Pillow keeps the high byte of each sample, which is less than one level of 255 away."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (32, 32, 3))
+    shown = read(tmp_path / "0.png", png(pixels, 16, 2))
+    np.testing.assert_allclose(shown, channels_first(pixels / 257), atol=1.0)
+
+
+@XFAIL
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_tiff_of_16_bits_by_the_name_of_a_png_keeps_its_brightness(tmp_path: Path, byte_order: str) -> None:
+    """Pillow looks at the content, not at the suffix."""
+    ramp = np.linspace(0, 65535, 256).round().astype(f"{byte_order}u2").reshape(16, 16)
+    mode = "I;16" if byte_order == "<" else "I;16B"
+    Image.frombytes(mode, (16, 16), ramp.tobytes()).save(tmp_path / "0.png", format="TIFF")
+    shown = read(tmp_path / "0.png")
+    np.testing.assert_array_equal(shown, channels_first(np.arange(256).reshape(16, 16, 1)))
+
+
+@XFAIL
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_picture_whose_white_is_not_known_is_refused(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (8, 8), 1000).save(tmp_path / "0.png", format="TIFF")
+    refused(lambda: read(tmp_path / "0.png"), tmp_path / "0.png", f"mode {mode}", "8 or 16 bits")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", "png"), ("RGB", "bmp"), ("L", "png"), ("L", "bmp"), ("1", "png"), ("1", "bmp")]
+)
+def test_opaque_picture_gives_its_very_pixels(tmp_path: Path, mode: str, suffix: str) -> None:
+    image = Image.fromarray(random_pixels(32, 32, 3)).convert(mode)
+    image.save(tmp_path / f"0.{suffix}")
+    expected = np.asarray(image, dtype=np.uint8).reshape(32, 32, -1) * np.uint8(255 if mode == "1" else 1)
+    np.testing.assert_array_equal(read(tmp_path / f"0.{suffix}"), channels_first(expected))
+
+
+def test_palette_gives_the_colours_in_it(tmp_path: Path) -> None:
+    palette, indices = random_pixels(256, 3, seed=1), random_pixels(16, 16)
+    image = Image.frombytes("P", (16, 16), indices.tobytes())
+    image.putpalette(palette.tobytes())
+    for name in ("0.png", "0.bmp"):
+        image.save(tmp_path / name)
+        np.testing.assert_array_equal(read(tmp_path / name), channels_first(palette[indices]))
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("mode", "ink", "expected"),
+    [
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("YCbCr", (76, 85, 255), (255, 0, 0)),
+    ],
+)
+def test_jpeg_of_another_colour_space_shows_its_colours(
+    tmp_path: Path, mode: str, ink: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    Image.new(mode, (16, 16), ink).save(tmp_path / "0.jpg", quality=100)
+    assert np.abs(read(tmp_path / "0.jpg").mean(axis=(1, 2)) - expected).max() < 4
+
+
+# Transparency
+
+
+@XFAIL
+@pytest.mark.parametrize("colour_type", [4, 6])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_transparent_pixels_show_the_white_ground(tmp_path: Path, colour_type: int, depth: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2**depth, (32, 32, {4: 2, 6: 4}[colour_type]))
+    pixels[:8, :, -1], pixels[8:16, :, -1] = 0, 2**depth - 1
+    shown = read(tmp_path / "0.png", png(pixels, depth, colour_type))
+    as_8_bits = pixels >> (depth - 8)
+    expected = channels_first(over_white(as_8_bits[..., :-1], as_8_bits[..., -1]))
+    assert (shown[:, :8] == WHITE).all()
+    np.testing.assert_array_equal(shown[:, 8:16], channels_first(as_8_bits[..., :-1])[:, 8:16])
+    np.testing.assert_allclose(shown, expected, atol=1)
+
+
+@XFAIL
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "samples"), [(1, 0, 1), (2, 0, 1), (4, 0, 1), (8, 0, 1), (16, 0, 1), (8, 2, 3), (16, 2, 3)]
+)
+def test_the_one_transparent_colour_of_a_png_shows_the_white_ground(
+    tmp_path: Path, depth: int, colour_type: int, samples: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 2**depth, (16, 16, samples))
+    hidden = (0,) if depth == 1 else tuple(2 ** (depth - 1) - 1 - sample for sample in range(samples))
+    pixels[:2] = hidden
+    shown = read(tmp_path / "0.png", png(pixels, depth, colour_type, transparent=hidden))
+    opaque = channels_first(np.rint(pixels * 255 / (2**depth - 1)))
+    is_hidden = (pixels == hidden).all(axis=-1)
+    assert (shown[:, is_hidden] == WHITE).all()
+    np.testing.assert_allclose(shown[:, ~is_hidden], opaque[:, ~is_hidden], atol=1 if samples == 3 else 0)
+
+
+@XFAIL
+@pytest.mark.parametrize("kind", ["one index", "alpha of every index"])
+def test_transparent_colours_of_a_palette_show_the_white_ground(tmp_path: Path, kind: str) -> None:
+    palette, indices = random_pixels(256, 3, seed=1), random_pixels(16, 16)
+    indices[:2] = 7
+    alpha = np.full(256, 255)
+    alpha[7] = 0
+    if kind != "one index":
+        alpha = random_pixels(256, seed=2)
+    image = Image.frombytes("P", (16, 16), indices.tobytes())
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "0.png", transparency=7 if kind == "one index" else alpha.astype(np.uint8).tobytes())
+    expected = channels_first(over_white(palette[indices], alpha[indices]))
+    np.testing.assert_allclose(read(tmp_path / "0.png"), expected, atol=1)
+
+
+@XFAIL
+def test_transparent_pixels_of_webp_show_the_white_ground(tmp_path: Path) -> None:
+    pixels = random_pixels(16, 16, 4)
+    pixels[:4, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "0.webp", lossless=True, exact=True)
+    expected = channels_first(over_white(pixels[..., :3], pixels[..., 3]))
+    np.testing.assert_allclose(read(tmp_path / "0.webp"), expected, atol=1)
+
+
+@XFAIL
+def test_hidden_colours_do_not_bleed_when_a_picture_is_made_smaller(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 64, 4), np.uint8)  # transparent black
+    pixels[16:48, 16:48] = (255, 255, 255, 255)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    assert (ImageFolder(tmp_path, 16).fetch([0]) == WHITE).all()
+
+
+# Orientation
+
+CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
+FIRST_PIXEL_IS_SHOWN = {  # EXIF 2.3, tag 0x0112: where the first row and the first column of the file belong
+    1: ("top left", "top right"),
+    2: ("top right", "top left"),
+    3: ("bottom right", "bottom left"),
+    4: ("bottom left", "bottom right"),
+    5: ("top left", "bottom left"),
+    6: ("top right", "bottom right"),
+    7: ("bottom right", "top right"),
+    8: ("bottom left", "top left"),
+}
+
+
+def exif(orientation: int) -> bytes:
+    """An EXIF block of one tag, by hand: little-endian TIFF, tag 0x0112, one short."""
+    return b"Exif\0\0II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [1, *(pytest.param(number, marks=XFAIL) for number in range(2, 9))])
+def test_picture_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """The file's first pixel is white and the last of its first row grey, the rest is black."""
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[:8, :8], pixels[:8, -8:] = 255, 128
+    Image.fromarray(pixels).save(tmp_path / f"0.{suffix}", exif=exif(orientation), quality=100)
+    shown = read(tmp_path / f"0.{suffix}")[0].astype(int)
+    first, end_of_row = FIRST_PIXEL_IS_SHOWN[orientation]
+    for corner, place in CORNERS.items():
+        assert abs(shown[place] - {first: 255, end_of_row: 128}.get(corner, 0)) < 16, corner
+
+
+@XFAIL
+def test_photo_on_its_side_is_turned_before_its_middle_is_cut_out(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, 16:32] = (255, 0, 0)
+    pixels[:8, 16:32] = (0, 0, 255)  # the upper half of the middle is blue: on the right once the photo stands
+    Image.fromarray(pixels).save(tmp_path / "0.png", exif=exif(6))
+    shown = ImageFolder(tmp_path, 16).fetch([0])[0]
+    assert (shown[2, :, 9:] == 255).all()
+    assert (shown[0, :, :7] == 255).all()
+
+
+@pytest.mark.parametrize("damaged", [b"Exif\0\0garbage", b"Exif\0\0II*\0", b"Exif\0\0", exif(9), exif(0), exif(6)[:-9]])
+def test_picture_whose_exif_is_damaged_or_senseless_is_shown_as_it_lies(tmp_path: Path, damaged: bytes) -> None:
+    pixels = random_pixels(16, 16, 3)
+    Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=exif(1), quality=100)
+    expected = read(tmp_path / "0.jpg")
+    Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=damaged, quality=100)
+    np.testing.assert_array_equal(read(tmp_path / "0.jpg"), expected)
