@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from ddpm_dist.config import DataConfig, loader_workers
@@ -57,13 +59,80 @@ class ImageFolder:
         from torchvision.transforms import functional
 
         size = self.shape[1]
-        try:
-            with Image.open(path) as image:
-                small = functional.resize(image.convert("RGB"), [size], antialias=True)
-                pixels: Tensor = functional.pil_to_tensor(functional.center_crop(small, [size, size]))
-                return pixels
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of them
-            raise DataError(f"{path}: cannot be read as an image ({error})") from None
+        with _errors_name(path), Image.open(path) as file:
+            small = functional.resize(_as_shown(file).convert("RGB"), [size], antialias=True)
+            pixels: Tensor = functional.pil_to_tensor(functional.center_crop(small, [size, size]))
+            return pixels
+
+
+def _as_shown(file: ImageFile.ImageFile) -> Image.Image:
+    """The picture as a viewer shows it on a white page: upright, opaque, 8 bits a sample, of any size and mode.
+
+    Colours of 16 bits lose their low byte, since Pillow reads no more; grey values of 16 bits are rounded.
+    """
+    _scale_transparent_colour(file)
+    file.load()
+    turn = _turn(file)
+    image: Image.Image = file
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _grey_of_16_bits(file)
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {  # EXIF's tag 0x0112 says where the first row and column of a file belong; this puts them there
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
+    """What puts the picture upright; None if it is, or if its EXIF cannot be read."""
+    try:
+        return _TURNS.get(file.getexif().get(0x0112, 1))
+    except Exception:  # a damaged EXIF block fails in many ways, and the pixels are whole all the same
+        return None
+
+
+def _grey_of_16_bits(file: ImageFile.ImageFile) -> Image.Image:
+    """Grey values of 16 bits rounded to 8, and white where they are the transparent one."""
+    if not file.mode.startswith("I;16") and (file.mode, file.format) != ("I", "PNG"):  # as older Pillows call it
+        raise ValueError(f"grey of mode {file.mode}, whose white is unknown; save it with 8 or 16 bits")
+    grey = np.asarray(file).astype(np.uint32)
+    shown = np.where(grey == file.info.get("transparency"), 65535, grey)
+    return Image.fromarray(((shown + 128) // 257).astype(np.uint8))
+
+
+def _scale_transparent_colour(file: ImageFile.ImageFile) -> None:
+    """Bring the one transparent colour of a PNG file to 8 bits: Pillow does so for the pixels alone.
+
+    To be called before the pixels are loaded: only until then does Pillow tell how many bits a sample has.
+    """
+    transparent = file.info.get("transparency")
+    if transparent is None or not file.tile:
+        return
+    layout = file.tile[0].args
+    if layout in ("L;2", "L;4"):
+        most = 3 if layout == "L;2" else 15
+        file.info["transparency"] = transparent * 255 // most
+    elif layout == "RGB;16B":
+        file.info["transparency"] = tuple(sample >> 8 for sample in transparent)
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Turns what Pillow raises about a picture into a DataError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def _picture_files(root: Path) -> list[Path]:
