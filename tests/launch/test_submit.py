@@ -20,6 +20,7 @@ pytest.importorskip("submitit")
 
 PROJECT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
+RECORDED = Path(__file__).parent / "recorded"
 QUICK = ("--config", "configs/quickstart.yaml")
 
 
@@ -59,6 +60,97 @@ def test_the_text_that_sbatch_gets(capsys: pytest.CaptureFixture[str], name: str
     if os.environ.get("DDPM_WRITE_GOLDEN") == "1":
         golden.write_text(text)
     assert text == golden.read_text()
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:
+    """(the text that sbatch would get, what was said on stderr)."""
+    assert main([*QUICK, *argv, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def scontrol_of(tmp_path: Path, *nodes: str) -> None:
+    """A scontrol that knows two partitions, of which low is the default, and these nodes."""
+    folder = tmp_path / "scontrol-says"
+    folder.mkdir()
+    for what in ("config", "partition"):
+        (folder / what).write_text((RECORDED / f"{what}.txt").read_text())
+    lines = [f"NodeName=n{number} {fields} State=IDLE" for number, fields in enumerate(nodes)]
+    (folder / "node").write_text("\n".join(lines) + "\n")
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\ncat {folder}/"$2"\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+
+
+@pytest.mark.xfail(strict=True, reason="a GPU job asks for one core a rank")
+@pytest.mark.parametrize(
+    ("argv", "nodes", "cores"),
+    [
+        (["--gpus-per-node=4"], ["CPUTot=128 Gres=gpu:4 Partitions=low", "CPUTot=64 Gres=gpu:8 Partitions=low"], 8),
+        (["--gpus-per-node=8"], ["CPUTot=16 Gres=gpu:4 Partitions=low", "CPUTot=96 Gres=gpu:8 Partitions=low"], 12),
+        (["--gpus-per-node=1"], ["CPUTot=4 Gres=(null) Partitions=low", "CPUTot=30 Gres=gpu:4 Partitions=low"], 7),
+        (["--gpus-per-node=2"], ["CPUEfctv=60 CPUTot=64 Gres=gpu:4 Partitions=low"], 15),
+        (["--gpus-per-node=2", "--partition=high"], ["CPUTot=8 Gres=gpu:2 Partitions=low,high"], 4),
+        (
+            ["--gpus-per-node=2", "--partition=high"],
+            ["CPUTot=2 Gres=gpu:2 Partitions=low", "CPUTot=8 Gres=gpu:2 Partitions=high"],
+            4,
+        ),
+    ],
+)
+def test_a_gpu_job_asks_for_its_share_of_the_smallest_nodes_cores(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], nodes: list[str], cores: int
+) -> None:
+    scontrol_of(tmp_path, *nodes)
+    text, said = dry_run(capsys, *argv)
+    assert f"#SBATCH --cpus-per-task={cores}\n" in text
+    assert set(re.findall(r"--cpus-per-task=(\d+)", text)) == {str(cores)}, "the step and a successor ask for as many"
+    assert said == ""
+
+
+@pytest.mark.xfail(strict=True, reason="a GPU job asks for one core a rank, and nobody says so")
+def test_where_no_scontrol_answers_one_core_is_asked_for_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    text, said = dry_run(capsys, "--gpus-per-node=4")
+    assert "#SBATCH --cpus-per-task=1\n" in text
+    assert said.startswith("note: ")
+    assert "--cpus-per-task" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_cores_that_are_asked_for_win_and_cpu_jobs_ask_for_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    scontrol_of(tmp_path, "CPUTot=64 Gres=gpu:4 Partitions=low")
+    assert "#SBATCH --cpus-per-task=3\n" in dry_run(capsys, "--gpus-per-node=4", "--cpus-per-task=3")[0]
+    assert "#SBATCH --cpus-per-task=1\n" in dry_run(capsys, "--tasks-per-node=4")[0]
+
+
+def test_a_node_with_fewer_cores_than_gpus_gives_each_rank_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    scontrol_of(tmp_path, "CPUTot=2 Gres=gpu:4 Partitions=low")
+    assert "#SBATCH --cpus-per-task=1\n" in dry_run(capsys, "--gpus-per-node=1")[0]
+
+
+@pytest.mark.xfail(strict=True, reason="srun kills 120 s after the first death, the watchdog speaks after 125 s")
+@pytest.mark.parametrize("timeout", [120.0, 200.5, 900.0])
+def test_srun_leaves_the_ranks_time_to_say_who_is_silent(capsys: pytest.CaptureFixture[str], timeout: float) -> None:
+    from ddpm_dist.parallel import watchdog
+
+    (wait,) = re.findall(r"--wait=(\d+) ", dry_run(capsys, f"distributed.timeout_seconds={timeout}")[0])
+    asking = 3 * watchdog.BEAT_SECONDS + watchdog.STORE_SECONDS
+    assert int(wait) > timeout + watchdog.GRACE_SECONDS + asking + watchdog.LAST_WORDS_SECONDS
+    assert int(wait) > timeout + 30
+
+
+@pytest.mark.xfail(strict=True, reason="--gpus-per-node takes a number only, where sbatch takes a type too")
+def test_gpus_of_a_type_are_asked_for_as_sbatch_takes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    scontrol_of(tmp_path, "CPUTot=8 Gres=gpu:h100:4 Partitions=low", "CPUTot=64 Gres=gpu:a100:4 Partitions=low")
+    text, said = dry_run(capsys, "--gpus-per-node=a100:4")
+    assert "#SBATCH --gpus-per-node=a100:4\n" in text
+    assert "#SBATCH --ntasks-per-node=4\n" in text
+    assert "#SBATCH --cpus-per-task=16\n" in text
+    assert "--gpus-per-node=a100:4 --tasks-per-node=4" in text, "a successor asks for the same"
+    assert said == ""
 
 
 def test_a_dry_run_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path) -> None:

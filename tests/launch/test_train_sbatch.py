@@ -6,7 +6,9 @@ scontrol, srun, sbatch and Python are scripts here; tests/slurm runs it on a rea
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ class Node:
         self.root, self.run = root, root / "run"
         (root / "bin").mkdir()
         self.can_requeue(True)
+        self.knows_nodes("")
         self.shows("TresPerNode=gres:gpu:2")
         self.python(f"echo {self.run}")
         self.script("srun", "exit 0")
@@ -39,10 +42,17 @@ class Node:
     def shows(self, fields: str) -> None:
         (self.root / "job").write_text(f"JobId=7 JobState=RUNNING Reason=None Requeue=1 Restarts=0 {fields}\n")
 
+    def knows_nodes(self, fields: str) -> None:
+        """What scontrol says of both nodes."""
+        lines = [f"NodeName=node{number} {fields} State=MIXED" for number in (1, 2)] if fields else []
+        (self.root / "nodes").write_text("".join(f"{line}\n" for line in lines))
+
     def can_requeue(self, answer: bool) -> None:
         refused = "" if answer else '[ "$1" = requeue ] && exit 1\n'
         self.script(
-            "scontrol", f'{refused}case "$2" in job) cat {self.root}/job ;; hostnames) echo node1 ;; esac; exit 0'
+            "scontrol",
+            f'{refused}case "$2" in job) cat {self.root}/job ;; node) cat {self.root}/nodes ;; '
+            "hostnames) echo node1 ;; esac; exit 0",
         )
         self.script("sbatch", "exit 0")
 
@@ -151,3 +161,63 @@ def test_a_successor_asks_for_what_this_job_has(node: Node, shown: str, asked: s
     else:
         assert asked in call
     assert call.endswith(f"[{PROJECT}/slurm/train.sbatch][{CONFIG}]")
+
+
+@pytest.mark.xfail(strict=True, reason="a GPU job gets one core a node, and nobody says so")
+@pytest.mark.parametrize(
+    ("gpus", "cores", "nodes", "option"),
+    [
+        ("4", "1(x2)", "CPUTot=64 Gres=gpu:4", "--cpus-per-task=64"),
+        ("4", "1(x2)", "CPUEfctv=62 CPUTot=64 Gres=gpu:a100:8(S:0-1)", "--cpus-per-task=28"),
+        ("2", "64,7", "CPUTot=32 Gres=gpu:4", "--cpus-per-task=16"),
+        ("2", "1(x2)", "", "--cpus-per-task=8"),  # scontrol says nothing of nodes
+    ],
+)
+def test_gpus_that_starve_are_told_with_the_option_to_add(
+    node: Node, gpus: str, cores: str, nodes: str, option: str
+) -> None:
+    node.knows_nodes(nodes)
+    said = node.start(SLURM_JOB_CPUS_PER_NODE=cores, SLURM_GPUS_ON_NODE=gpus).stderr
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert option in warning.split()
+    assert len(node.calls("srun")) == 1, "it trains all the same"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores"),
+    [("4", "16(x2)"), ("0", "1(x2)"), ("4", "8(x2)")],
+    ids=["four a rank", "no GPUs", "all that the node has"],
+)
+def test_nothing_is_told_where_there_is_nothing_to_add(node: Node, gpus: str, cores: str) -> None:
+    node.knows_nodes("CPUTot=8 Gres=gpu:4")
+    assert "warning" not in node.start(SLURM_JOB_CPUS_PER_NODE=cores, SLURM_GPUS_ON_NODE=gpus).stderr
+
+
+@pytest.mark.xfail(strict=True, reason="srun kills 120 s after the first death, the watchdog speaks after 125 s")
+def test_srun_waits_as_long_as_the_config_says(node: Node) -> None:
+    node.script("python", f'exec {sys.executable} "$@"')
+    node.start()
+    (call,) = node.calls("srun")
+    (wait,) = re.findall(r"\[--wait=(\d+)\]", call)
+    assert int(wait) > 150
+
+
+@pytest.mark.xfail(strict=True, reason="every rank dies of it, three times")
+def test_a_python_without_torch_is_refused_in_one_line(node: Node) -> None:
+    hidden = node.root / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    node.script("python", f'PYTHONPATH={hidden}:{PROJECT} exec {sys.executable} "$@"')
+    started = node.start()
+    assert started.returncode == 78
+    (line,) = started.stderr.splitlines()
+    assert "torch" in line
+    assert (node.calls("srun"), node.requeues()) == ([], [])
+
+
+@pytest.mark.xfail(strict=True, reason="every rank dies of it, three times")
+def test_a_node_that_has_lost_torch_is_left(node: Node) -> None:
+    node.python(f"echo {node.run}; echo torch=no")
+    assert node.start(life=2).returncode != 0
+    assert node.requeues() == ["[requeue][7]"]
+    assert not node.calls("srun")
