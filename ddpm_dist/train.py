@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
-from ddpm_dist.parallel.environment import RankEnvironment, read_environment
+from ddpm_dist.parallel.environment import RankEnvironment, read_environment, srun_wait_seconds
 from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
 EPILOG = """\
@@ -33,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--where", action="store_true", help="print the run directory and exit")
+    parser.add_argument("--for-sbatch", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--help-config", action="store_true", help="list all config keys with defaults and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
     return parser.parse_intermixed_args(argv)
@@ -68,11 +70,19 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
         check_world_size(config, env.world_size)
     except UserError as error:
         return _refuse(error, rank), rank
-    if args.dry_run or args.where:
+    if args.dry_run or args.where or args.for_sbatch:
         if rank == 0:
-            print(config.directory if args.where else to_yaml(config).rstrip())
+            text = _for_sbatch(config) if args.for_sbatch else to_yaml(config).rstrip()
+            print(config.directory if args.where else text)
         return 0, rank
     return _train(config, env), rank
+
+
+def _for_sbatch(config: Config) -> str:
+    """What slurm/train.sbatch asks for before it starts ranks: the run directory, then `key=value` lines."""
+    wait = srun_wait_seconds(config.distributed.timeout_seconds)
+    has_torch = importlib.util.find_spec("torch") is not None
+    return f"{config.directory}\nsrun_wait={wait}\ntorch={'yes' if has_torch else 'no'}"
 
 
 def _refuse(error: UserError, rank: int) -> int:

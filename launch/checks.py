@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlparse
 
-from launch.cluster import Cluster, Fields, gpus_of, is_usable, seconds_in
+from ddpm_dist.config import loader_workers
+from launch.cluster import Cluster, Fields, cores_of, gpus_of, is_usable, seconds_in
+from launch.cores import COMFORTABLE_WITH_A_GPU, cores_needed, cores_per_gpu, default_cores
 from launch.request import Request
 from launch.site import Site, is_network
 
@@ -52,6 +55,8 @@ def examine(request: Request, cluster: Cluster, site: Site, excluded: frozenset[
     if partition is None:
         asked = f"{request.partition}: no such partition" if request.partition else "none given, and no default"
         return [Finding("error", "partition", f"{asked}; valid: {', '.join(sorted(cluster.partitions))}")]
+    if request.cpus_per_task is None:
+        request = dataclasses.replace(request, cpus_per_task=default_cores(request, cluster, excluded))
     case = Case(request, cluster, site, partition, excluded)
     return [finding for check in CHECKS for finding in check(case)]
 
@@ -74,9 +79,10 @@ def check_partition(case: Case) -> Iterator[Finding]:
 def check_nodes(case: Case) -> Iterator[Finding]:
     """Whether enough nodes have all that is asked of a node, and which lack is to blame."""
     request, nodes = case.request, case.nodes()
-    wanted = {
-        "CPUs": (request.tasks_per_node * request.cpus_per_task, lambda node: int(node.get("CPUTot", 0))),
-        "GPUs": (request.gpus_per_node, gpus_of),
+    gpus = f"{request.gpu_type} GPUs" if request.gpu_type else "GPUs"
+    wanted: dict[str, tuple[int, Callable[[Fields], int]]] = {
+        "CPUs": (request.tasks_per_node * (request.cpus_per_task or 1), cores_of),
+        gpus: (request.gpus_per_node, lambda node: gpus_of(node, request.gpu_type)),
         "MB of memory": (_megabytes(request.mem), lambda node: int(node.get("RealMemory", 0))),
     }
     for what, (least, has) in wanted.items():
@@ -102,7 +108,8 @@ def check_nodes(case: Case) -> Iterator[Finding]:
 
 def check_gpus(case: Case) -> Iterator[Finding]:
     request = case.request
-    there = max((gpus_of(node) for node in case.nodes().values()), default=0)
+    there = max((gpus_of(node, request.gpu_type) for node in case.nodes().values()), default=0)
+    shards = request.config.elastic.shards
     if request.gpus_per_node > request.tasks_per_node:
         idle = request.gpus_per_node - request.tasks_per_node
         yield Finding("warning", "GPUs", f"{idle} of {request.gpus_per_node} a node stay idle: one rank uses one GPU")
@@ -110,24 +117,34 @@ def check_gpus(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "GPUs", f"the nodes have up to {there}, and none is asked for: --gpus-per-node")
     elif request.gpus_per_node and request.config.train.device == "cpu":
         yield Finding("warning", "GPUs", "asked for, but train.device=cpu")
+    elif request.gpus_per_node < there and shards % there:
+        most = max(ranks for ranks in range(1, there) if shards % ranks == 0)
+        text = f"the nodes have {there} GPUs, whose ranks cannot share elastic.shards={shards}: --gpus-per-node={most}"
+        yield Finding(
+            "warning", "GPUs", f"{text} is the most; a new run may set elastic.shards to a multiple of {there}"
+        )
     else:
         yield Finding("ok", "GPUs", f"{request.gpus_per_node} a node, one for each of {request.tasks_per_node} rank(s)")
 
 
 def check_cpus(case: Case) -> Iterator[Finding]:
+    """Whether the main thread and the loaders of each rank find a core of their own."""
     request, config = case.request, case.request.config
-    workers = config.data.num_workers or 0
-    threads = config.train.threads or 1
-    need = max(threads, 1) + workers
-    if need > request.cpus_per_task:
+    there = request.cpus_per_task or 1
+    need, workers = cores_needed(config), loader_workers(config.data)
+    share = cores_per_gpu(request, case.cluster, case.excluded) or 1
+    if need > there:
         yield Finding(
             "warning",
             "CPUs",
-            f"--cpus-per-task {request.cpus_per_task}: a rank wants {need} (train.threads {threads} and "
-            f"{workers} data worker(s)), and slows down by far more than that with fewer",
+            f"--cpus-per-task {there}: a rank wants {need} ({need - workers} for its main thread and train.threads, "
+            f"{workers} loader process(es) of data.num_workers); with fewer it slows down by far more than that",
         )
+    elif request.gpus_per_node and there < min(COMFORTABLE_WITH_A_GPU, share):
+        text = f"--cpus-per-task {there}: with each GPU come {share} cores, and a rank keeps some threads busy"
+        yield Finding("warning", "CPUs", f"{text}; give --cpus-per-task={share}")
     else:
-        yield Finding("ok", "CPUs", f"{request.cpus_per_task} for each rank")
+        yield Finding("ok", "CPUs", f"{there} for each rank, which needs {need}")
 
 
 def check_time(case: Case) -> Iterator[Finding]:

@@ -34,6 +34,11 @@ class Cluster:
             return self.partitions.get(name)
         return next((fields for fields in self.partitions.values() if fields.get("Default") == "YES"), None)
 
+    def partitions_of(self, names: str | None) -> list[Fields]:
+        """Those of a list as sbatch takes it (`gpu,long`), or the default one; unknown names are left out."""
+        asked = [None] if names is None else names.split(",")
+        return [fields for name in asked if (fields := self.partition(name)) is not None]
+
     def nodes_of(self, partition: Fields) -> dict[str, Fields]:
         name = partition["PartitionName"]
         return {node: fields for node, fields in self.nodes.items() if name in fields.get("Partitions", "").split(",")}
@@ -84,10 +89,15 @@ def seconds_in(text: str) -> int | None:
     return None
 
 
-def gpus_of(node: Fields) -> int:
-    """`gpu:a100:4(S:0-1),shm:1` -> 4."""
-    found = re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", node.get("Gres", ""))
-    return sum(int(count) for count in found)
+def gpus_of(node: Fields, gpu_type: str | None = None) -> int:
+    """`gpu:a100:4(S:0-1),shm:1` -> 4; of one type only, if it is given."""
+    found = re.findall(r"(?:^|,)gpu(?::([^:,(]+))?:(\d+)", node.get("Gres", ""))
+    return sum(int(count) for name, count in found if gpu_type in (None, name))
+
+
+def cores_of(node: Fields) -> int:
+    """What jobs may use there: without the cores that SLURM keeps for the system, where it says so."""
+    return int(node.get("CPUEfctv") or node.get("CPUTot") or 0)
 
 
 def is_usable(node: Fields) -> bool:

@@ -12,6 +12,7 @@ from ddpm_dist.errors import ConfigError
 
 SIGNAL = "USR2"  # NCCL may use USR1
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_GPUS = re.compile(r"(?:([A-Za-z_][^:=,\s]*):)?(\d+)")
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class Request:
 
     Attributes:
         gpus_per_node: 0 for CPUs only.
+        gpu_type: as SLURM names it, like `a100`; None for any.
         tasks_per_node: ranks on a node; one per GPU, or as many as asked for.
-        minutes: the time limit of one life of the job; None for the partition's default.
-        total_minutes: of all its lives together; None for no bound.
+        cpus_per_task: cores of each rank; None for what launch.cores finds to be this request's share.
+        minutes: the time limit of one attempt; None for the partition's default.
+        total_minutes: the bound on the time of all attempts together; None for no bound.
         max_requeues: how often the job may come back in all.
         signal_seconds: how long before the time limit the run is told to save.
         extra: further options of sbatch, without the dashes; "" for one without a value.
@@ -34,8 +37,9 @@ class Request:
     config: Config
     nodes: int
     gpus_per_node: int
+    gpu_type: str | None
     tasks_per_node: int
-    cpus_per_task: int
+    cpus_per_task: int | None
     mem: str | None
     minutes: int | None
     total_minutes: int | None
@@ -54,17 +58,27 @@ class Request:
     def world_size(self) -> int:
         return self.nodes * self.tasks_per_node
 
+    @property
+    def gpus_as_asked(self) -> str:
+        """`4` or `a100:4`, as sbatch takes it."""
+        return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else str(self.gpus_per_node)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
     size = parser.add_argument_group("size")
     size.add_argument("--nodes", type=int, default=1, metavar="N")
-    size.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="0: CPUs only (default)")
+    size.add_argument("--gpus-per-node", default="0", metavar="[TYPE:]N", help="as a100:4; 0: CPUs only (default)")
     size.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a node (default: its GPUs, else 1)")
-    size.add_argument("--cpus-per-task", type=int, default=1, metavar="N", help="cores of each rank (default 1)")
+    size.add_argument(
+        "--cpus-per-task",
+        type=int,
+        metavar="N",
+        help="cores of each rank (default: with GPUs the cores of the partition's smallest node over its GPUs, else 1)",
+    )
     size.add_argument("--mem", metavar="32G", help="memory per node")
-    size.add_argument("--time", metavar="D-H:M:S", help="time limit of one life of the job, as sbatch takes it")
+    size.add_argument("--time", metavar="D-H:M:S", help="time limit of one attempt, as sbatch takes it")
     size.add_argument("--total-time", metavar="D-H:M:S", help="the job comes back until this time is used up in all")
     size.add_argument("--max-requeues", type=int, default=1000, metavar="N", help="and at most so often (default 1000)")
     size.add_argument("--signal-lead", type=int, default=120, metavar="SECONDS", help="save so long before the limit")
@@ -83,16 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Request:
-    """Raises ConfigError for what cannot be, whatever the cluster."""
-    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("max_requeues", 0)):
+    """Raises ConfigError for what cannot work on any cluster."""
+    for name, least in (("nodes", 1), ("cpus_per_task", 1), ("max_requeues", 0)):
         _at_least(f"--{name.replace('_', '-')}", getattr(args, name), least)
     _at_least("--signal-lead", args.signal_lead, 1)
-    tasks = args.gpus_per_node or 1 if args.tasks_per_node is None else args.tasks_per_node
+    gpu_type, gpus = _gpus(args.gpus_per_node)
+    tasks = gpus or 1 if args.tasks_per_node is None else args.tasks_per_node
     _at_least("--tasks-per-node", tasks, 1)
-    if args.gpus_per_node and tasks > args.gpus_per_node:
-        raise ConfigError(
-            f"--tasks-per-node {tasks}: more ranks than --gpus-per-node {args.gpus_per_node}; one rank uses one GPU"
-        )
+    if gpus and tasks > gpus:
+        raise ConfigError(f"--tasks-per-node {tasks}: more ranks than --gpus-per-node {gpus}; one rank uses one GPU")
     config = load_config(args.config, args.overrides)
     check_world_size(config, args.nodes * tasks)
     minutes = None if args.time is None else minutes_of("--time", args.time)
@@ -102,7 +115,8 @@ def from_arguments(args: argparse.Namespace) -> Request:
         overrides=tuple(args.overrides),
         config=config,
         nodes=args.nodes,
-        gpus_per_node=args.gpus_per_node,
+        gpus_per_node=gpus,
+        gpu_type=gpu_type,
         tasks_per_node=tasks,
         cpus_per_task=args.cpus_per_task,
         mem=args.mem,
@@ -142,12 +156,20 @@ def minutes_of(option: str, text: str) -> int:
     return -(-seconds // 60)
 
 
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
+def _gpus(text: str) -> tuple[str | None, int]:
+    """`4` -> (None, 4), `a100:4` -> ("a100", 4)."""
+    match = _GPUS.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--gpus-per-node {text}: valid is a number, or a type and a number as in a100:4")
+    return match[1], int(match[2])
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
         raise ConfigError(f"{option} {value}: must be at least {least}")
 
 
-# What the job's way of coming back depends on, and what has an option of its own here.
+# Options that the job needs as they are to come back, or that have an option of their own here.
 _OURS = frozenset(
     [
         "array",

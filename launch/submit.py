@@ -23,14 +23,15 @@ from typing import Any
 from ddpm_dist.command import CommandLine, nobody_reads, refuse
 from ddpm_dist.config import check_world_size, load_config, to_yaml
 from ddpm_dist.errors import ConfigError, UserError
-from launch.cluster import sacct_answers
+from ddpm_dist.parallel.environment import srun_wait_seconds
+from launch.cluster import expand, read_cluster, sacct_answers
+from launch.cores import default_cores
 from launch.follow import follow, follow_all
 from launch.request import Request, add_arguments, from_arguments
 from launch.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUEUE = ROOT / "slurm" / "requeue.sh"
-SRUN_WAIT_SECONDS = 120  # a node that went down silently never reports its task
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"no {REQUEUE}: launch.submit works from a checkout, with `pip install -e .`")
         if args.cluster == "debug":
             return _debug(runs)
+        cores = _cores(request) if args.cluster == "slurm" else request.cpus_per_task or 1
+        request, *runs = (dataclasses.replace(each, cpus_per_task=cores) for each in (request, *runs))
         return _submit(request, runs, args)
     except UserError as error:
         return refuse(error)
@@ -101,6 +104,22 @@ def _debug(runs: Sequence[Request]) -> int:
     from ddpm_dist.train import main as train
 
     return max(train(arguments_of(run)) for run in runs)
+
+
+def _cores(request: Request) -> int:
+    """Cores for each rank; with GPUs and no word from the user SLURM is asked what their share is."""
+    if request.cpus_per_task is not None:
+        return request.cpus_per_task
+    if not request.gpus_per_node:
+        return 1
+    try:
+        cluster, excluded = read_cluster(), expand(request.exclude) if request.exclude else frozenset[str]()
+        cores, why = default_cores(request, cluster, excluded), "scontrol knows no node with these GPUs"
+    except ConfigError:
+        cores, why = None, "no scontrol answers here"
+    if cores is None:
+        print(f"note: {why}, so each rank asks for 1 core; give --cpus-per-task=N for more", file=sys.stderr)
+    return cores or 1
 
 
 def arguments_of(request: Request) -> list[str]:
@@ -175,6 +194,8 @@ def _executor(request: Request, runs: Sequence[Request], args: argparse.Namespac
     )
     if request.gpus_per_node:
         executor.update_parameters(gpus_per_node=request.gpus_per_node)
+        if args.cluster == "slurm":
+            executor.update_parameters(slurm_gpus_per_node=request.gpus_as_asked)
     if args.cluster == "local":
         executor.update_parameters(timeout_min=request.minutes or 365 * 24 * 60)
     if args.cluster == "slurm":
@@ -186,6 +207,7 @@ def _executor(request: Request, runs: Sequence[Request], args: argparse.Namespac
 
 def _slurm(request: Request, runs: Sequence[Request], args: argparse.Namespace) -> dict[str, Any]:
     """What is SLURM's own, by submitit's names."""
+    wait = max(srun_wait_seconds(run.config.distributed.timeout_seconds) for run in runs)
     extra: dict[str, Any] = {"requeue": True, **{name: value or True for name, value in request.extra.items()}}
     if request.mem is not None:
         extra["mem"] = request.mem
@@ -196,7 +218,7 @@ def _slurm(request: Request, runs: Sequence[Request], args: argparse.Namespace) 
         "array_parallelism": args.at_once,
         "setup": _setup(request, runs),
         "teardown": ['exec bash "$requeue" end "$run" "$?" bash -c "$again"'],
-        "srun_args": [f"--cpus-per-task={request.cpus_per_task}", "--export=ALL", f"--wait={SRUN_WAIT_SECONDS}"],
+        "srun_args": [f"--cpus-per-task={request.cpus_per_task}", "--export=ALL", f"--wait={wait}"],
         "additional_parameters": extra,
     }
 
@@ -233,7 +255,7 @@ def _same_again(run: Request) -> list[str]:
     options = {
         "config": run.config_file and run.config_file.resolve(),
         "nodes": run.nodes,
-        "gpus-per-node": run.gpus_per_node,
+        "gpus-per-node": run.gpus_as_asked,
         "tasks-per-node": run.tasks_per_node,
         "cpus-per-task": run.cpus_per_task,
         "mem": run.mem,

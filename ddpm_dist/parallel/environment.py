@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -79,6 +80,16 @@ def rendezvous_from_slurm(environ: Mapping[str, str] | None = None) -> dict[str,
         "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(nodes),
         "MASTER_PORT": env.get("MASTER_PORT") or str(port),
     }
+
+
+def srun_wait_seconds(timeout_seconds: float) -> int:
+    """What `srun --wait` needs: how long the ranks of a run may go on after the first of them has ended.
+
+    They notice it after distributed.timeout_seconds at the latest, and then need up to 12 s to find out who is silent
+    and to write that down (see watchdog.py). A node that went down silently never reports its task: srun must not
+    wait for ever.
+    """
+    return math.ceil(timeout_seconds) + 60
 
 
 def _first_host(nodes: str) -> str:

@@ -94,23 +94,15 @@ def test_nothing_is_wrong_with_a_healthy_request() -> None:
         (["--gpus-per-node=0"], recorded, SITE, "warning", "GPUs", ["up to 2", "--gpus-per-node"]),
         (["train.device=cpu"], recorded, SITE, "warning", "GPUs", ["train.device=cpu"]),
         (["data.num_workers=4"], recorded, SITE, "warning", "CPUs", ["wants 5"]),
-        pytest.param(
-            *(["data.name=folder", "data.image_size=28"], recorded, SITE, "warning", "CPUs", ["wants 3", "2 loader"]),
-            marks=pytest.mark.xfail(strict=True, reason="data.num_workers=null counts as no loader"),
-        ),
-        pytest.param(
-            *(["--cpus-per-task=1"], recorded, SITE, "warning", "CPUs", ["--cpus-per-task 1", "--cpus-per-task=2"]),
-            marks=pytest.mark.xfail(strict=True, reason="one core for a GPU is not told"),
-        ),
-        pytest.param(
+        (["data.name=folder", "data.image_size=28"], recorded, SITE, "warning", "CPUs", ["wants 3", "2 loader"]),
+        (["--cpus-per-task=1"], recorded, SITE, "warning", "CPUs", ["--cpus-per-task 1", "--cpus-per-task=2"]),
+        (
             *([], lambda: with_nodes(Gres="gpu:6", CPUTot="48", CPUEfctv="48"), SITE),
             *("warning", "GPUs", ["6 GPUs", "elastic.shards=8", "--gpus-per-node=4"]),
-            marks=pytest.mark.xfail(strict=True, reason="train.sbatch would start 6 ranks, which 8 shards refuse"),
         ),
-        pytest.param(
+        (
             *(["--gpus-per-node=a100:2"], lambda: with_nodes(Gres="gpu:h100:2"), SITE),
             *("error", "nodes", ["2 a100 GPUs", "at most 0"]),
-            marks=pytest.mark.xfail(strict=True, reason="--gpus-per-node takes no type"),
         ),
         (["--time=4:00:00"], lambda: with_partition(MaxTime="01:30:00"), SITE, "error", "time", ["240", "90 min"]),
         (["--time=2", "--signal-lead=120"], recorded, SITE, "error", "time", ["120 s", "at once"]),

@@ -40,7 +40,7 @@ bash "$requeue" begin "$run" || exit
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --export=ALL --wait=120 apptainer exec --nv image.sif python -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
+srun --unbuffered --output <PROJECT>/runs/.submitit/quickstart/%j/%j_%t_log.out --cpus-per-task=1 --export=ALL --wait=180 apptainer exec --nv image.sif python -u -m submitit.core._submit <PROJECT>/runs/.submitit/quickstart/%j
 
 
 # teardown
