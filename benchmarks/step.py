@@ -18,8 +18,8 @@ import torch
 from ddpm_dist.config import load_config
 from ddpm_dist.data.batches import Batch
 from ddpm_dist.models.unet import UNet
-from ddpm_dist.parallel.distributed import Ranks
 from ddpm_dist.parallel.environment import cpu_threads, read_environment
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.training.build import build_trainer
 from ddpm_dist.training.precision import resolve
 

@@ -215,7 +215,7 @@ def test_imports_of_the_walk_are_found_where_they_are() -> None:
             "    import i",
         ]
     )
-    found = list(imports_in("ddpm_dist.parallel.distributed", ast.parse(source)))
+    found = list(imports_in("ddpm_dist.parallel.connection", ast.parse(source)))
     assert [each.imported for each in found] == [
         *("a.b", "d", "e.f", "ddpm_dist.run.files"),
         *("ddpm_dist.parallel.environment", "ddpm_dist.parallel.probe", "g", "i"),
@@ -276,7 +276,7 @@ def test_only_the_parallel_wing_touches_torch_distributed() -> None:
     }
     users = imported | named
     assert {name for name in users if wing(name) != "parallel"} == set()
-    assert "ddpm_dist.parallel.distributed" in users  # the walk sees it where it is
+    assert "ddpm_dist.parallel.connection" in users  # the walk sees it where it is
 
 
 @pytest.mark.parametrize("wing_name", ["diffusion", "models"])

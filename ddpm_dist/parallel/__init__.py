@@ -1,1 +1,1 @@
-"""Ranks, what they agree on, and the randomness that does not depend on them."""
+"""Ranks and all that they do together; the only wing that imports torch.distributed."""

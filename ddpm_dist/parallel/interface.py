@@ -12,13 +12,13 @@ import os
 import socket
 import struct
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface, netdevice(7)
 
 
-def choose_interface(store: dist.Store, rank: int, world_size: int) -> None:
+def choose_interface(store: Store, rank: int, world_size: int) -> None:
     """Set GLOO_SOCKET_IFNAME to the interface by which MASTER_ADDR is reached. What the user has set is kept.
 
     The master itself may see its own name as a loopback address; it takes the way to any other node instead.

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ddpm_dist.errors import ExitCode
-from ddpm_dist.parallel.distributed import Ranks, pick_device
+from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import read_environment
+from ddpm_dist.parallel.ranks import Ranks
 
 SIZES = (4 * 2**10, 2**20, 32 * 2**20)  # bytes: latency, a small bucket, DDP's larger ones
 FILE_BYTES = 2**23

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
-from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.parallel.ranks import Ranks
 
 
 class Reduction(Protocol):

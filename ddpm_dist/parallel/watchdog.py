@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from ddpm_dist.errors import ExitCode
 
@@ -41,7 +41,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world_size: int,
         timeout_seconds: float,

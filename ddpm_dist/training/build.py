@@ -12,7 +12,7 @@ from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import linear_betas
 from ddpm_dist.models.ema import EMA
 from ddpm_dist.models.unet import UNet
-from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.randomness import derive_seed
 from ddpm_dist.training.optim import build_optimizer
 from ddpm_dist.training.precision import Numerics

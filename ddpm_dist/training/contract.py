@@ -17,7 +17,7 @@ import ddpm_dist
 from ddpm_dist.config import Config
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import ConfigError, DataError
-from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.training.precision import Numerics, resolve
 
 _WORDS = {

@@ -18,9 +18,10 @@ from ddpm_dist.data.batches import iterate
 from ddpm_dist.data.datasets import Images
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, TakenOver
 from ddpm_dist.evaluation.pictures import save_curves
-from ddpm_dist.parallel.distributed import Ranks, pick_device
+from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
 from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.preemption import StopSignal

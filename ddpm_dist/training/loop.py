@@ -16,7 +16,7 @@ from ddpm_dist.data.batches import Batch
 from ddpm_dist.errors import Diverged, StopRequested
 from ddpm_dist.evaluation.pictures import save_grid
 from ddpm_dist.evaluation.sampling import sample_blocks
-from ddpm_dist.parallel.distributed import Wish
+from ddpm_dist.parallel.vote import Wish
 from ddpm_dist.run.directory import Attempt, RunDirectory
 from ddpm_dist.run.saver import Saver
 from ddpm_dist.tracking.journal import Journal

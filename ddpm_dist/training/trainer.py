@@ -14,7 +14,7 @@ from ddpm_dist.config import Config, to_flat
 from ddpm_dist.data.batches import Batch
 from ddpm_dist.diffusion.gaussian import GaussianDiffusion
 from ddpm_dist.models.ema import EMA
-from ddpm_dist.parallel.distributed import Ranks
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import MeanReduction, Reduction, TreeReduction
 from ddpm_dist.randomness import generator, seed_default_generators
 from ddpm_dist.run.checkpoint import Checkpoint

@@ -12,9 +12,10 @@ import pytest
 from harness import Job
 
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
-from ddpm_dist.parallel.distributed import Ranks, Wish
 from ddpm_dist.parallel.environment import read_environment
 from ddpm_dist.parallel.failures import RankLost, RankZeroFailed
+from ddpm_dist.parallel.ranks import Ranks
+from ddpm_dist.parallel.vote import Wish
 from ddpm_dist.run.preemption import StopSignal
 
 
@@ -166,7 +167,7 @@ def test_no_rank_leaves_under_another(tmp_path: Path) -> None:
 def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from ddpm_dist.parallel.distributed import pick_device
+    from ddpm_dist.parallel.connection import pick_device
     from ddpm_dist.parallel.environment import RankEnvironment
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.parallel.distributed import Ranks
 from ddpm_dist.parallel.environment import read_environment
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import TreeReduction
 
 

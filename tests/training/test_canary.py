@@ -9,8 +9,8 @@ import torch
 from harness import Job
 
 from ddpm_dist.config import load_config
-from ddpm_dist.parallel.distributed import Ranks
 from ddpm_dist.parallel.environment import read_environment
+from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.training.build import build_trainer
 from ddpm_dist.training.precision import Numerics, resolve
 from ddpm_dist.training.trainer import Trainer
