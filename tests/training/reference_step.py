@@ -1,0 +1,76 @@
+"""What a run learns, written straight down for one process: the yardstick of `test_against_reference.py`."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from ddpm_dist.models.unet import UNet
+from ddpm_dist.randomness import derive_seed, generator
+
+
+def global_batch(images: Tensor, r: Any, step: int) -> list[Tensor]:
+    """x_start, t and noise of a step: those of its logical shards, one after the other."""
+    shards, b, epoch_length = [], r.batch_size // r.shards, len(images) // r.batch_size
+    for shard in range(r.shards):
+        numbers: Any = range(len(images))
+        order = DistributedSampler(numbers, r.shards, shard, seed=derive_seed(r.seed, "order"), drop_last=True)
+        order.set_epoch(step // epoch_length)
+        x = images[list(order)[step % epoch_length * b :][:b]]
+        if r.flip:
+            mirrored = torch.rand(b, generator=generator(r.seed, "flip", step, shard)) < 0.5
+            x = torch.stack([image.flip(-1) if flip else image for image, flip in zip(x, mirrored, strict=True)])
+        draw = generator(r.seed, "noise", step, shard)
+        t = torch.randint(0, 1000, (b,), generator=draw)
+        shards.append((x.float() / 127.5 - 1, t, torch.randn(x.shape, generator=draw)))
+    return [torch.cat(parts) for parts in zip(*shards, strict=True)]
+
+
+def train(images: Tensor, r: Any) -> tuple[Any, ...]:
+    """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
+    torch.manual_seed(derive_seed(r.seed, "weights"))
+    layout = torch.channels_last if r.channels_last else torch.contiguous_format
+    model = UNet(images.shape[1], r.channels, dropout=r.dropout).to(memory_format=layout)
+    weights, averages = list(model.parameters()), [weight.detach().clone() for weight in model.parameters()]
+    adam, scale, in_a_row, log = torch.optim.Adam(weights, fused=r.fused), r.first_scale, 0, []
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[:, None, None, None]
+    groups = r.shards if r.bitwise else r.ranks  # a group adds its micro-batches up in turn, then pairs add their sums
+    divisor, late_divisor = (r.shards, 1) if r.bitwise else (r.micro, r.ranks)  # of a loss, and of the sum of gradients
+    for step in range(r.steps):
+        pieces = zip(*(whole.chunk(groups * r.micro) for whole in global_batch(images, r, step)), strict=True)
+        sums: list[Any] = []
+        loss = 0.0
+        for number, (x_start, t, noise) in enumerate(pieces):
+            group, micro = divmod(number, r.micro)
+            whose = (group,) if r.bitwise else (group * r.shards // groups, micro)
+            torch.manual_seed(derive_seed(r.seed, "dropout", step, *whose))
+            x_t = alphas_cumprod[t].sqrt().float() * x_start + (1 - alphas_cumprod[t]).sqrt().float() * noise
+            with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32):
+                eps = model(x_t.contiguous(memory_format=layout), t)
+            part = (eps.float() - noise).square().mean() / divisor
+            (part * scale * (math.nan if step == r.nan_step else 1)).backward()
+            loss += part.item() / late_divisor
+            if micro == r.micro - 1:
+                sums.append([weight.grad for weight in weights])
+                adam.zero_grad()
+        while len(sums) > 1:
+            sums = [torch._foreach_add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        gradients = [total / (scale * late_divisor) for total in sums[0]]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        finite, clip = math.isfinite(norm), min(1.0, (r.grad_clip or math.inf) / (norm + 1e-6))
+        half_turn = math.pi * min(1.0, (step - r.warmup_steps) / ((r.decay_steps or math.inf) - r.warmup_steps))
+        lr = r.lr * (step + 1) / r.warmup_steps if step < r.warmup_steps else r.lr * 0.5 * (1 + math.cos(half_turn))
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient * clip if finite else None  # Adam leaves alone what has no gradient
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        adam.zero_grad()
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight.detach(), 1 - min(r.ema_decay, (1 + step) / (10 + step)))
+        log.append({"loss": loss, "lr": lr, "grad_norm": norm.item(), "skipped": int(not finite)})
+        in_a_row = in_a_row + 1 if finite else 0
+        if r.dtype == torch.float16:
+            scale *= 0.5 if not finite else 2.0 if in_a_row % r.growth_interval == 0 else 1.0
+    return model, averages, adam, scale, log
