@@ -1,0 +1,127 @@
+"""Logs that are closed, full, or read by nobody any more: the run goes on, and its files tell how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import TINY, metrics, state_differences, status, train, wait_until
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("train.max_steps=12", "checkpoint.every=5")
+BOTH_FULL = ">/dev/full 2>/dev/full"
+NO_READER = "no reader"
+SINKS = [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", BOTH_FULL, NO_READER]
+LOST = pytest.mark.xfail(strict=True, reason="a log that cannot be written ends a run")
+SURVIVED = (">&-", "2>/dev/full")
+
+
+@contextmanager
+def started(command: Sequence[str], sink: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, with its output redirected as a shell would do it, or into a pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    redirection = f">&{writing} 2>&{writing}" if sink == NO_READER else sink
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" {redirection}', "bash", *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables,
+        pass_fds=[writing],
+    )
+    os.close(writing)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def train_command(root: Path, *overrides: str) -> list[str]:
+    options = [*TINY, f"run.root={root}", "run.name=run", *overrides]
+    return [sys.executable, "-m", "ddpm_dist.train", *options]
+
+
+def ends_with(command: Sequence[str], sink: str) -> int:
+    with started(command, sink) as process:
+        return process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(1, tmp_path_factory.mktemp("undisturbed"), *SHORT)
+
+
+def holds(run: Path, undisturbed: Path) -> None:
+    """It finished, with the same bits, and its journal holds lines of the journal alone."""
+    assert status(run)["state"] == "finished"
+    assert [record["step"] for record in metrics(run)] == list(range(1, 13))
+    assert len((run / "metrics.jsonl").read_bytes().splitlines()) == 12, "no word of a library among them"
+    assert state_differences(undisturbed, run) == []
+
+
+@pytest.mark.parametrize("sink", [pytest.param(s, marks=() if s in SURVIVED else LOST) for s in SINKS])
+def test_a_run_without_its_log_finishes_with_the_same_bits(sink: str, tmp_path: Path, undisturbed: Path) -> None:
+    assert ends_with(train_command(tmp_path, *SHORT), sink) == 0
+    holds(tmp_path / "run", undisturbed)
+
+
+@LOST
+def test_its_loader_worker_and_its_shipper_go_on_without_a_log(tmp_path: Path, undisturbed: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    options = ("data.num_workers=1", "tracking.enabled=true", f"tracking.uri={uri}")
+    assert ends_with(train_command(tmp_path, *SHORT, *options), "<&- >&- 2>&-") == 0
+    holds(tmp_path / "run", undisturbed)
+    shipped = json.loads((tmp_path / "run" / "mlflow.json").read_text())
+    assert shipped["last_step"] == 12
+
+
+@LOST
+@pytest.mark.parametrize("sink", ["<&- >&- 2>&-", BOTH_FULL])
+def test_a_stop_signal_is_obeyed_without_a_log(sink: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(train_command(tmp_path, "train.max_steps=100000"), sink) as process:
+        wait_until(lambda: process.poll() is not None or len(metrics(run)) > 5, lambda: "it never began")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert (status(run)["state"], status(run)["reason"]) == ("preempted", "stopped by SIGTERM")
+
+
+@pytest.mark.parametrize("sink", ["2>&-", *(pytest.param(sink, marks=LOST) for sink in (BOTH_FULL, NO_READER))])
+def test_a_refused_config_keeps_its_exit_code_where_nobody_can_read_why(sink: str, tmp_path: Path) -> None:
+    assert ends_with(train_command(tmp_path, "optim.lrr=3"), sink) == 78
+
+
+@LOST
+def test_an_unusable_data_set_keeps_its_exit_code_too(tmp_path: Path) -> None:
+    nowhere = ("data.name=mnist", "data.download=false", f"data.root={tmp_path / 'none'}")
+    assert ends_with(train_command(tmp_path, *nowhere), BOTH_FULL) == 65
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+@LOST
+@pytest.mark.parametrize("sink", ["<&- >&- 2>&-", BOTH_FULL])
+def test_two_ranks_of_torchrun_finish_without_a_log(sink: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert ends_with([*launcher, *train_command(tmp_path, *SHORT)[1:]], sink) == 0
+    holds(tmp_path / "run", train(2, tmp_path, *SHORT, name="undisturbed"))
+
+
+@LOST
+@pytest.mark.parametrize("sink", [">&- 2>&-", BOTH_FULL, NO_READER])
+def test_the_start_script_finishes_without_a_log(sink: str, tmp_path: Path) -> None:
+    script = [str(ROOT / "launch" / "torchrun.sh"), *train_command(tmp_path, *SHORT)[3:]]
+    with started(script, sink, PYTHON=sys.executable, NPROC="2") as process:
+        assert process.wait(120) == 0
+    holds(tmp_path / "run", train(2, tmp_path, *SHORT, name="undisturbed"))
+
+
+def test_answers_for_a_script_are_not_lost_in_silence(tmp_path: Path) -> None:
+    """`--where` is read by launchers: an empty answer with exit code 0 would send them to the wrong place."""
+    assert ends_with([*train_command(tmp_path), "--where"], ">/dev/full") != 0
