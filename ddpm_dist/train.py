@@ -19,6 +19,7 @@ from pathlib import Path
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
+from ddpm_dist.output import drop_what_cannot_be_written
 from ddpm_dist.parallel.environment import RankEnvironment, read_environment, srun_wait_seconds
 from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
@@ -41,6 +42,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # At once, so that a refused command ends with its own exit code. Standard output follows when training begins:
+    # before that it carries answers (--where, --dry-run), and whoever reads them must see that they are lost.
+    drop_what_cannot_be_written("stderr")
     code, rank = _main(argv)
     if rank == 0:
         _leave_word(code)
@@ -94,6 +98,7 @@ def _refuse(error: UserError, rank: int) -> int:
 
 
 def _train(config: Config, env: RankEnvironment) -> int:
+    drop_what_cannot_be_written("stdout")
     # Before torch is imported: a signal that arrives meanwhile is remembered.
     stop = StopSignal().install(under_launcher=env.launcher != "none")
     from ddpm_dist.training.job import explain, run_job

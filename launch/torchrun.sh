@@ -3,9 +3,14 @@
 # One rank per GPU; without GPUs one per core, at most 4. NPROC=n says otherwise. PYTHON=... picks the interpreter.
 set -euo pipefail
 
+# torchrun's agent would hand a closed descriptor to the first file or socket that it opens, and the ranks inherit it.
+[ -e /dev/fd/0 ] || exec 0</dev/null
+[ -e /dev/fd/1 ] || exec 1>/dev/null
+[ -e /dev/fd/2 ] || exec 2>/dev/null
+
 python=${PYTHON:-python}
 if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ddpm_dist") is None)'; then
-    echo "error: ddpm_dist is not installed for $python; in the checkout: pip install -e . (or make install)" >&2
+    echo "error: ddpm_dist is not installed for $python; in the checkout: pip install -e . (or make install)" >&2 || true
     exit 78
 fi
 if [ -z "${NPROC:-}" ]; then

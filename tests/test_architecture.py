@@ -16,7 +16,9 @@ from ddpm_dist.config import load_config
 ROOT = Path(__file__).parent.parent
 PACKAGE = "ddpm_dist"
 FLOORS = {
-    **dict.fromkeys(("errors", "command", "randomness", "config", "diffusion", "models", "parallel", "run"), 0),
+    **dict.fromkeys(
+        ("errors", "output", "command", "randomness", "config", "diffusion", "models", "parallel", "run"), 0
+    ),
     **dict.fromkeys(("data", "tracking"), 1),
     "history": 2,
     **dict.fromkeys(("build", "loading"), 2),
@@ -27,6 +29,7 @@ FLOORS = {
 FREE_OF_TORCH = (
     "config",
     "errors",
+    "output",
     "command",
     "train",
     "status",
