@@ -57,9 +57,8 @@ class Rehearsal:
             self.accident("preempted", self._preempt, job, 1),
             self.accident("scancel --signal=USR2", lambda: self._slurm("scancel", "--signal=USR2", job), job, 2),
             self.accident("scontrol requeue", lambda: self._slurm("scontrol", "requeue", job), job, 3),
-            self.accident("time limit", lambda: self._set_time_limit(job, "1"), job, 4),
+            self.time_limit(job, 4),
         ]
-        self._set_time_limit(job, "1-0")
         nodes = self._slurm("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
         last_node = f"node{nodes.rstrip(']')[-1]}"  # of a list such as node[1-2]
         self.accident(f"{last_node} crashes", lambda: self._crash(last_node), job, 5)
@@ -123,6 +122,12 @@ class Rehearsal:
             flush=True,
         )
         return bool(lost == 0)
+
+    def time_limit(self, job: str, attempt: int = 1) -> bool:
+        """Have the time limit cut off an attempt, as `accident` does; the next one has a day."""
+        nothing_lost = self.accident("time limit", lambda: self._set_time_limit(job, "1"), job, attempt)
+        self._set_time_limit(job, "1-0")
+        return nothing_lost
 
     def _journal(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, but for one that is being written."""
