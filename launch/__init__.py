@@ -1,1 +1,1 @@
-"""What happens before a run: submitting it (submit) and looking whether it can work (doctor). Used from a checkout."""
+"""Before a run: submit it (submit), see whether it can work (doctor), try it on a SLURM of one's own (local_cluster)."""

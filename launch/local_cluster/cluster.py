@@ -20,10 +20,10 @@ from .network import Network, namespaces_work
 from .options import Options
 from .processes import RecordedProcesses, command_of, environment_of, kill, processes_of_jobs, with_descendants
 
-FOLDERS = ("log", "ctld", "spool")
 # All that may lie in a state directory, beside sockets and pid files that the daemons remove when they end.
-FOLDERS_OF_FILES = ("ctld", "spool", "dev", "mysql")
-EMPTY_FOLDERS = ("cgroup/freezer", "cgroup", "freezer", "")
+LOGS = "log"
+FOLDERS = ("ctld", "spool", "dev", "mysql")
+MOUNT_POINTS = ("cgroup/freezer", "cgroup", "freezer")
 FILES = (
     *("options.json", "procs.json", "slurm.conf", "slurmdbd.conf", "gres.conf", "cgroup.conf", "hosts", "env.sh"),
     *("munge.key", "munged.seed", "munge.socket.lock", "jobcomp.txt", "slurmctld.pid"),
@@ -83,13 +83,13 @@ class LocalCluster:
     def _remove_files(self, keep_logs: bool) -> None:
         """The state directory too, unless somebody keeps something else in it."""
         state = self.description.state
-        for name in FOLDERS_OF_FILES if keep_logs else (*FOLDERS_OF_FILES, "log"):
+        for name in FOLDERS if keep_logs else (*FOLDERS, LOGS):
             shutil.rmtree(state / name, ignore_errors=True)
         for name in FILES:
             (state / name).unlink(missing_ok=True)
-        for name in EMPTY_FOLDERS:
+        for folder in (*(state / name for name in MOUNT_POINTS), state):
             with contextlib.suppress(OSError):
-                (state / name).rmdir()
+                folder.rmdir()
 
     def is_healthy(self) -> bool:
         """Whether every daemon that was started still runs."""
@@ -152,7 +152,7 @@ class LocalCluster:
 
     def print_ends_of_logs(self) -> None:
         """What the daemons said last, on standard error: it says why a cluster did not come up."""
-        for path in sorted((self.description.state / "log").glob("*")):
+        for path in sorted((self.description.state / LOGS).glob("*")):
             print(f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-8:], sep="\n", file=sys.stderr)
 
 
@@ -185,7 +185,7 @@ def bring_up(state: Path, options: Options) -> LocalCluster:
         options = dataclasses.replace(options, mode="netns" if works else "ports")
     identity = choose_identity(state, options)
     options = _with_process_tracker(options, state)
-    for name in FOLDERS:
+    for name in (LOGS, "ctld", "spool"):
         (state / name).mkdir(parents=True, exist_ok=True)
     state.chmod(0o755)
     description = Description(state, options, identity)

@@ -40,31 +40,6 @@ class Rehearsal:
         self._root, self._environment, self._crash = root, environment, crash
         self._run, self._log = root / "drill", root / "drill.out"
 
-    def rehearse(self, job: str) -> bool:
-        """Have every accident happen to a job, one in each attempt, and print a line about each.
-
-        Returns:
-            Whether only a crash cost steps: those since the last checkpoint before it.
-
-        Raises:
-            RehearsalError: the job ended, or an attempt trains nothing.
-        """
-        first = self.wait_for_attempt(job, 1)
-        started = first["time"] - self._beginnings()[0]
-        print(f"job {job} trains on two nodes; first step {started:.0f} s after its start")
-        print(COLUMNS)
-        nothing_lost = [
-            self.accident("preempted", self._preempt, job, 1),
-            self.accident("scancel --signal=USR2", lambda: self._slurm("scancel", "--signal=USR2", job), job, 2),
-            self.accident("scontrol requeue", lambda: self._slurm("scontrol", "requeue", job), job, 3),
-            self.time_limit(job, 4),
-        ]
-        nodes = self._slurm("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
-        last_node = f"node{nodes.rstrip(']')[-1]}"  # of a list such as node[1-2]
-        self.accident(f"{last_node} crashes", lambda: self._crash(last_node), job, 5)
-        self._slurm("scancel", job)
-        return all(nothing_lost)
-
     def submit(self, config: Path, overrides: Sequence[str], ranks: int) -> str:
         """Submit the run to two nodes; returns the job's id.
 
@@ -81,8 +56,33 @@ class Rehearsal:
         script = ("slurm/train.sbatch", str(config), *keys, *overrides)
         return self._slurm("sbatch", "--parsable", *sizes, *script).strip()
 
-    def wait_for_attempt(self, job: str, attempt: int) -> dict[str, Any]:
-        """Wait until an attempt has trained a step; returns that step's line of the journal.
+    def rehearse(self, job: str) -> bool:
+        """Have every accident happen to a job, one after the other, and print a line about each.
+
+        Returns:
+            Whether only a crash cost steps: those since the last checkpoint before it.
+
+        Raises:
+            RehearsalError: the job ended for good, or trains no more.
+        """
+        first = self.wait_for_step(job)
+        started = first["time"] - self._beginnings()[0]
+        print(f"job {job} trains on two nodes; first step {started:.0f} s after its start")
+        print(COLUMNS)
+        nothing_lost = [
+            self.accident("preempted", self._preempt, job),
+            self.accident("scancel --signal=USR2", lambda: self._slurm("scancel", "--signal=USR2", job), job),
+            self.accident("scontrol requeue", lambda: self._slurm("scontrol", "requeue", job), job),
+            self.accident("time limit", lambda: self._run_out_of_time(job), job),
+        ]
+        nodes = self._slurm("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+        last_node = f"node{nodes.rstrip(']')[-1]}"  # of a list such as node[1-2]
+        self.accident(f"{last_node} crashes", lambda: self._crash(last_node), job)
+        self._slurm("scancel", job)
+        return all(nothing_lost)
+
+    def wait_for_step(self, job: str, after: int = 0) -> dict[str, Any]:
+        """Wait for the first step that is trained by a later attempt than this one; returns its line of the journal.
 
         Raises:
             RehearsalError: the job ended first, or the time is up.
@@ -90,29 +90,29 @@ class Rehearsal:
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while time.monotonic() < deadline:
             for line in self._journal():
-                if line["attempt"] == attempt:
+                if line["attempt"] > after:
                     return line
-            state = self._slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T").strip()
-            if state in FOR_GOOD:
-                raise RehearsalError(f"the job is {state}; its log says:\n{self._end_of_log()}")
+            self._state(job)
             time.sleep(0.1)
         raise RehearsalError(
-            f"attempt {attempt} trained no step in {GIVE_UP_SECONDS:.0f} s; the job's log says:\n{self._end_of_log()}"
+            f"no attempt after {after} trained a step in {GIVE_UP_SECONDS:.0f} s; the job's log says:\n"
+            f"{self._end_of_log()}"
         )
 
-    def accident(self, name: str, cause: Callable[[], object], job: str, attempt: int) -> bool:
-        """Have an accident happen to an attempt, wait for the next one, and print a line about it.
+    def accident(self, name: str, cause: Callable[[], object], job: str) -> bool:
+        """Have an accident happen to the attempt that trains, wait for another one, and print a line about it.
 
         Returns:
-            Whether the next attempt goes on where this one stopped, so that no step was lost.
+            Whether training went on where it had stopped, so that no step was lost.
 
         Raises:
-            RehearsalError: no next attempt trains.
+            RehearsalError: no other attempt trains.
         """
         time.sleep(SETTLE_SECONDS)
         happened = time.time()
+        attempt = self._journal()[-1]["attempt"]
         cause()
-        first = self.wait_for_attempt(job, attempt + 1)
+        first = self.wait_for_step(job, after=attempt)
         last = max(line["step"] for line in self._journal() if line["attempt"] == attempt)
         lost = last - first["step"] + 1
         started = max(self._beginnings())
@@ -122,12 +122,6 @@ class Rehearsal:
             flush=True,
         )
         return bool(lost == 0)
-
-    def time_limit(self, job: str, attempt: int = 1) -> bool:
-        """Have the time limit cut off an attempt, as `accident` does; the next one has a day."""
-        nothing_lost = self.accident("time limit", lambda: self._set_time_limit(job, "1"), job, attempt)
-        self._set_time_limit(job, "1-0")
-        return nothing_lost
 
     def _journal(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, but for one that is being written."""
@@ -148,9 +142,31 @@ class Rehearsal:
         """A job of higher priority wants all three nodes for a second."""
         self._slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
-    def _set_time_limit(self, job: str, limit: str) -> None:
-        """Set it as SLURM reads it: "1" is a minute, "1-0" a day."""
-        self._slurm("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+    def _run_out_of_time(self, job: str) -> None:
+        """Give the job a time limit of a minute, until that has cut it off; then a day again.
+
+        train.sbatch asks for its signal two minutes ahead of the limit, so that it comes at once. If the limit stayed,
+        so it would in every later attempt, and one that starts slowly would be cut off before it trains.
+        """
+        starts = len(self._beginnings())
+        self._slurm("scontrol", "update", f"jobid={job}", "timelimit=1")
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while self._state(job) != "PENDING" and len(self._beginnings()) == starts:
+            if time.monotonic() > deadline:
+                raise RehearsalError(f"the time limit did not end the attempt in {GIVE_UP_SECONDS:.0f} s")
+            time.sleep(0.1)
+        self._slurm("scontrol", "update", f"jobid={job}", "timelimit=1-0")
+
+    def _state(self, job: str) -> str:
+        """SLURM's word for it, such as RUNNING.
+
+        Raises:
+            RehearsalError: the job has ended for good, so that there is nothing to wait for.
+        """
+        state = self._slurm("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T").strip()
+        if state in FOR_GOOD:
+            raise RehearsalError(f"the job is {state}; its log says:\n{self._end_of_log()}")
+        return state
 
     def _slurm(self, *argv: str) -> str:
         """What one of SLURM's programs prints."""
