@@ -4,13 +4,14 @@
     python -m ddpm_dist.status --json runs/mnist
 
 goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
-          were trained again after a kill, starting, saving, drawing, waiting for lost ranks. An attempt's time begins
-          when it claims the run: the wait for a machine and the start of Python come before.
+          were trained again after a kill, and into starting, saving, drawing previews and waiting for lost ranks.
+          An attempt's time begins when it claims the run: the wait for a machine and the start of Python come before.
 lost      steps of an attempt that a later one trained again, or must, as far as metrics.jsonl knows them.
 ETA       steps left times the recent wall time of a step.
 
-A node is named if at least two attempts died on it (without a word, or with exit code 70) and markedly more died with
-it than without it. Preemptions are no deaths. Nothing is written, and no run is disturbed.
+A node is named if at least two attempts died on it, and markedly more with it than without it. An attempt died if it
+was killed, crashed, lost its node, or failed with exit code 70. A preemption is no death.
+Nothing is written, and no run is disturbed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from ddpm_dist.history.nodes import compress
 from ddpm_dist.history.report import AttemptReport, Report, read_report
 
 HEADINGS = ("attempt", "started", "took", "ranks", "nodes", "steps", "saved", "lost", "how it ended")
-MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json has them whole
-TO_THE_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
+DEATH = "a kill, a crash or a lost node"  # an attempt that died could not say which
+MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json gives the whole text
+ALIGNED_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises UserError."""
     parser = CommandLine(prog="python -m ddpm_dist.status", description=__doc__)
     parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same facts as a JSON list, one object a run")
@@ -41,6 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print a report of each run directory; returns the exit code, 65 if one of them holds no run."""
     try:
         args = parse(argv)
     except UserError as error:
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_all(paths: Sequence[Path], as_json: bool) -> int:
     worst, reports = 0, []
-    # At once, since a run whose machine fell silent is watched for some seconds.
+    # Side by side, since a run is watched for some seconds if nothing else says whether it is alive.
     with ThreadPoolExecutor(8) as threads:
         for number, future in enumerate([threads.submit(read_report, path) for path in paths]):
             try:
@@ -72,7 +76,7 @@ def _print_all(paths: Sequence[Path], as_json: bool) -> int:
 
 
 def describe(report: Report) -> list[str]:
-    """A report as lines of text."""
+    """A report as lines of text: a headline, a table of attempts, totals, and advice."""
     lines = [_headline(report)]
     if report.attempts:
         lines += _table(report.attempts)
@@ -82,12 +86,12 @@ def describe(report: Report) -> list[str]:
 
 
 def _headline(report: Report) -> str:
-    state = "died without a word" if report.state == "died" else report.state
+    reason = DEATH if report.state == "died" else report.reason
     where = "" if report.step is None else f" at step {report.step}"
     if report.step is not None and report.target:
         where += f" of {report.target} ({report.step / report.target:.1%})"
     saved = "" if report.saved_step is None else f", step {report.saved_step} is saved"
-    return f"{report.run}: {state}{where}{saved}" + (f": {report.reason}" if report.reason else "")
+    return f"{report.run}: {report.state}{where}{saved}" + (f": {reason}" if reason else "")
 
 
 def _table(attempts: Sequence[AttemptReport]) -> list[str]:
@@ -96,7 +100,7 @@ def _table(attempts: Sequence[AttemptReport]) -> list[str]:
     return [
         "  "
         + "  ".join(
-            cell.rjust(width) if heading in TO_THE_RIGHT else cell.ljust(width)
+            cell.rjust(width) if heading in ALIGNED_RIGHT else cell.ljust(width)
             for heading, cell, width in zip(HEADINGS, row, widths, strict=True)
         ).rstrip()
         for row in rows
@@ -128,7 +132,7 @@ def _nodes(nodes: Sequence[str]) -> str:
 
 def _ending(attempt: AttemptReport) -> str:
     record = attempt.record
-    words = {"died": "died without a word", "left": "left before it began", "unknown": "not known"}
+    words = {"died": f"died: {DEATH}", "left": "ended before it began to train", "unknown": "not known"}
     said = words.get(record.how, record.how)
     if record.reason and record.how != "finished":
         said += f": {_without_middle(record.reason)}"
@@ -136,7 +140,9 @@ def _ending(attempt: AttemptReport) -> str:
 
 
 def _without_middle(text: str) -> str:
-    """For the table: gloo's and NCCL's words are long, and the names of the silent ranks come last."""
+    """A reason that fits the table. The middle is left out: the messages of gloo and NCCL are long, and the ranks
+    that did not answer are named at their end.
+    """
     return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON // 2]} ... {text[-MAX_REASON // 2 :]}"
 
 
@@ -169,7 +175,7 @@ def _outlook(report: Report) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s`, `1 h 02 min`, `2 d 03 h`."""
+    """Seconds as `4.2 s`, `3 min 05 s`, `1 h 02 min` or `2 d 03 h`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, second = divmod(int(seconds), 60)

@@ -45,8 +45,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert "  ETA 20" in "\n".join(said)
         job.kill()
     said = show(run)
-    assert said[0].startswith(f"{run}: died without a word at step ")
-    assert said[0].endswith("0 is saved")
+    assert said[0].startswith(f"{run}: died at step ")
+    assert said[0].endswith("0 is saved: a kill, a crash or a lost node")
     assert "more once it is resumed by the same command" in said[-1]
     with start(2, root, *LONG, function=function) as job:
         wait_for_step(job, run, 33, attempt=2)
@@ -105,7 +105,7 @@ def test_the_report_names_the_node_on_which_attempts_die(finished: Path) -> None
     text = show(finished)
     assert text[0] == f"{finished}: finished at step 100 of 100 (100.0%), step 100 is saved: target reached"
     assert [line.split()[0] for line in text[1:5]] == ["attempt", "1", "2", "3"]
-    assert text[2].endswith("died without a word")
+    assert text[2].endswith("died: a kill, a crash or a lost node")
     assert "node0,node1" in text[2]
     assert text[3].endswith("silent: rank 1 (on node1)")
     assert text[-1] == "  node1: 2 of its 2 attempts died, 0 of 1 elsewhere; leave it out: --exclude=node1"

@@ -1,1 +1,1 @@
-"""What happened to a run: its attempts, the nodes they ran on, and a report; read after the fact, without torch."""
+"""What happened to a run, read from its files afterwards: its attempts, their nodes, and a report. No torch."""

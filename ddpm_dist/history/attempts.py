@@ -1,6 +1,6 @@
-"""The attempts log, read after the fact: who trained where, from which step to which, and how it ended.
+"""The files in `attempts/`, read afterwards: where each attempt trained, from which step to which, how it ended.
 
-The files may be old, damaged or edited by hand: what is not what it should be counts as not known.
+The files may be old, damaged or edited by hand: a value that cannot be right counts as not known.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from typing import Any, Literal
 from ddpm_dist.errors import ExitCode
 from ddpm_dist.history.nodes import Outcome
 from ddpm_dist.run import lease
-from ddpm_dist.run.directory import STATES
 from ddpm_dist.run.files import read_json
 
 WATCH_SECONDS = 2.5 * lease.BEAT_SECONDS
+ENDINGS: tuple[Literal["finished", "preempted", "failed"], ...] = ("finished", "preempted", "failed")
 How = Literal["running", "finished", "preempted", "failed", "died", "left", "unknown"]
 
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One attempt as the log tells it; None for what is not known. Times in seconds since 1970, on its own clock.
+    """One attempt as its file tells it; None for what is not known. Times in seconds since 1970, by its own clock.
 
     Attributes:
-        last_sign: when it ended; else its last known sign of life.
+        number: from 1.
+        how: a state of status.json; "died" if it ended without writing one; "left" if it ended before it began to
+            train; "unknown" if its file is damaged.
+        last_sign: when it ended; if it did not say so, when its last known heartbeat was.
         nodes: of all ranks, rank 0's first; () where not known.
-        failed_node: where the rank sat that is known to be at fault.
-        saved_step: its last checkpoint, or the one that it began with.
-        how: "died" without a word; "left" without having begun; or "unknown".
+        failed_node: the node of the rank that is known to be at fault.
+        start_step: the step from which it went on.
+        saved_step: the step of its last checkpoint, or of the one that it began with.
     """
 
     number: int
@@ -47,7 +50,11 @@ class AttemptRecord:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What it says about its nodes: nothing while it runs, and nothing where the user or the weights erred."""
+        """What this attempt says about its nodes.
+
+        None while it runs, and where it failed for a reason that has nothing to do with nodes: a wrong config,
+        unusable data, weights that diverged.
+        """
         died = self.how == "died" or (self.how == "failed" and self.exit_code == ExitCode.SOFTWARE)
         if died or self.how in ("finished", "preempted"):
             return Outcome(self.nodes, died, self.failed_node)
@@ -55,10 +62,11 @@ class AttemptRecord:
 
 
 def read_records(directory: Path, status: dict[str, Any]) -> list[AttemptRecord]:
-    """Every attempt in `attempts/`, ascending. Takes some seconds where it must watch for a heartbeat.
+    """Every attempt in `attempts/`, ascending. Takes some seconds where a heartbeat must be watched for.
 
     Args:
-        status: the content of status.json, for attempts that could not leave word in their own file.
+        directory: the `attempts/` folder.
+        status: the content of status.json; it says how an attempt ended that could not write so into its own file.
 
     Raises:
         OSError: a file cannot be read.
@@ -69,25 +77,29 @@ def read_records(directory: Path, status: dict[str, Any]) -> list[AttemptRecord]
         facts = read_json(path)
         if facts is not None and facts.get("ended") is None and status.get("attempt") == number:
             facts = _with_status(facts, status)
-        newest = number == max(paths)  # who was taken over writes nothing any more
+        newest = number == max(paths)  # an attempt that was taken over writes nothing any more
         alive = facts is not None and newest and "state" not in facts and is_alive(path, facts)
         records.append(record_of(number, facts, alive))
     return records
 
 
 def _with_status(facts: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
-    """An attempt that found no room for its last word in the log may have said it in status.json."""
-    if as_text(status.get("state")) not in STATES - {"running"}:
+    """The facts of an attempt, with how it ended according to status.json, where that says so."""
+    if as_text(status.get("state")) not in ENDINGS:
         return facts
     said = {name: status.get(name) for name in ("state", "reason", "exit_code")}
     return facts | said | {"ended": status.get("time")}
 
 
 def is_alive(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether the holder of a claim lives: by its process if it is on this machine, and by its heartbeat.
+    """Whether an attempt still runs: by its process if that is on this machine, and by its heartbeat.
 
-    The file's age is trusted only to say yes at once: clocks of other machines may be wrong, so before the answer
-    is no the heartbeat is watched.
+    A file that was written lately means yes, at once. An old file does not mean no, since clocks of other machines
+    may be wrong: then the heartbeat is watched for WATCH_SECONDS.
+
+    Args:
+        path: the attempt's file.
+        facts: its content.
     """
     if not lease.seems_alive(facts):
         return False
@@ -102,7 +114,12 @@ def is_alive(path: Path, facts: dict[str, Any]) -> bool:
 
 
 def record_of(number: int, facts: dict[str, Any] | None, alive: bool) -> AttemptRecord:
-    """What a file of the attempts log says; facts are None where it is no JSON object."""
+    """What an attempt's file says.
+
+    Args:
+        facts: the content of the file; None where it is not a JSON object.
+        alive: whether the attempt still runs.
+    """
     if facts is None:
         return AttemptRecord(number, "unknown", reason="its file in attempts/ is damaged")
     started, ended = as_time(facts.get("started")), as_time(facts.get("ended"))
@@ -125,9 +142,9 @@ def record_of(number: int, facts: dict[str, Any] | None, alive: bool) -> Attempt
 
 
 def _how(facts: dict[str, Any], alive: bool) -> How:
-    state = facts.get("state")
-    if state == "finished" or state == "preempted" or state == "failed":
-        return state
+    for said in ENDINGS:
+        if facts.get("state") == said:
+            return said
     if facts.get("ended") is not None:
         return "left"
     return "running" if alive else "died"
@@ -138,28 +155,28 @@ def _nodes(facts: dict[str, Any], world_size: int | None) -> tuple[str, ...]:
     names = [as_text(node) for node in nodes] if isinstance(nodes, list) else []
     if names and all(names):
         return tuple(dict.fromkeys(names))
-    host = as_text(facts.get("host"))  # rank 0's: all that older attempts say
+    host = as_text(facts.get("host"))  # rank 0's; files of older versions name no other node
     return (host,) if host and world_size == 1 else ()
 
 
 def as_count(value: Any) -> int | None:
-    """A step or another number >= 0; else None."""
+    """A step or another whole number >= 0; None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**15 else None
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number >= 0; else None."""
+    """A finite number >= 0; None for anything else."""
     sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15
     return float(value) if sound and math.isfinite(value) else None
 
 
 def as_time(value: Any) -> float | None:
-    """Seconds since 1970 that a calendar knows; else None."""
+    """Seconds since 1970 that can be shown as a date; None for anything else."""
     number = as_number(value)
     return number if number is not None and number < 2.0**36 else None
 
 
 def as_text(value: Any) -> str:
-    """One printable line; "" for what is no text."""
+    """One printable line; "" for anything that is not text."""
     line = " ".join(value.split()) if isinstance(value, str) else ""
     return "".join(char for char in line if char.isprintable())

@@ -1,4 +1,4 @@
-"""Which node attempts die on, from what the attempts log says; and short names for many nodes."""
+"""On which nodes attempts die, according to the files in `attempts/`; and a short way to write many names."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MIN_DEATHS = 2  # one death may be anything
-CLEAR_DIFFERENCE = 0.5  # between the shares of attempts that died, where attempts are few
-CLEAR_CHANCE = 0.05  # of as many deaths or more if the node were like the others, where attempts are many
+MIN_DEATHS = 2  # a single death may have any cause
+CLEAR_DIFFERENCE = 0.5  # between the shares of attempts that died with and without a node; decides for few attempts
+CLEAR_CHANCE = 0.05  # of as many deaths or more if the node were like the others; decides for many attempts
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended, as far as it says something about its nodes.
+    """What the end of an attempt says about its nodes.
 
     Attributes:
-        died: without a word, or by an error that is not the user's. A preemption is no death.
-        failed_node: where the rank sat that is known to be at fault; the other nodes are then cleared of this death.
+        nodes: those on which the attempt ran.
+        died: it was killed or crashed, or failed by an error that is not the user's. A preemption is no death.
+        failed_node: the node of the rank that is known to be at fault; no other node is blamed for this death.
     """
 
     nodes: tuple[str, ...]
@@ -27,7 +28,7 @@ class Outcome:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """Nodes that this death may be blamed on."""
+        """The nodes that may have caused this death; () if the attempt did not die."""
         if not self.died:
             return ()
         return (self.failed_node,) if self.failed_node in self.nodes and self.failed_node else self.nodes
@@ -35,14 +36,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Nodes on which attempts die.
+    """Nodes on which attempts die. As text: the numbers, and the SLURM option that leaves these nodes out.
 
     Attributes:
-        nodes: one, or several that were never apart, so that nothing tells which of them it is.
-        died, attempts: with them.
-        died_elsewhere, attempts_elsewhere: without them.
-        named: deaths in which the rank at fault is known to have sat there.
-        besides: nodes named before; attempts that died by them are left out of the numbers.
+        nodes: one, or several that always ran together, so that it is not known which of them is to blame.
+        died, attempts: how many of the attempts on them died, and how many there were.
+        died_elsewhere, attempts_elsewhere: the same of the attempts that ran without them.
+        named: deaths in which the rank at fault is known to have run there.
+        besides: nodes that were found before; the deaths that they explain are left out of the numbers.
     """
 
     nodes: tuple[str, ...]
@@ -55,14 +56,20 @@ class Suspicion:
 
     @property
     def difference(self) -> float:
-        """Between the shares of attempts that died with and without, in [-1, 1]; 0 where there is no without."""
+        """The share of attempts that died with these nodes minus that without, in [-1, 1].
+
+        0 if no attempt ran without them.
+        """
         if not self.attempts_elsewhere:
             return 0.0
         return self.died / self.attempts - self.died_elsewhere / self.attempts_elsewhere
 
     @property
     def chance(self) -> float:
-        """Fisher's exact test, one-sided: how likely are as many deaths here, or more, if nodes do not matter?"""
+        """How likely as many deaths here, or more, would be if nodes did not matter: in [0, 1].
+
+        Fisher's exact test, one-sided.
+        """
         total, deaths = self.attempts + self.attempts_elsewhere, self.died + self.died_elsewhere
         ways = (
             math.comb(deaths, here) * math.comb(total - deaths, self.attempts - here)
@@ -88,9 +95,12 @@ class Suspicion:
 def suspicious_nodes(outcomes: Iterable[Outcome]) -> list[Suspicion]:
     """Nodes on which at least MIN_DEATHS attempts died, and markedly more than without them; the worst first.
 
-    A node that merely kept bad company is not named: once a node is, the deaths that it may explain are set aside
-    before the others are looked at. Where no attempt did without a node there is nothing to compare with, and
-    only ranks known to be at fault speak against it.
+    A node that only ran beside a bad one is not listed: once a node is listed, the deaths that it may explain are
+    left out before the other nodes are looked at. If every attempt ran on a node, there is nothing to compare it
+    with, and it is listed only for ranks on it that are known to be at fault.
+
+    Args:
+        outcomes: of attempts; those without known nodes say nothing.
     """
     left = [each for each in outcomes if each.nodes]
     found: list[Suspicion] = []
@@ -110,7 +120,7 @@ def suspicious_nodes(outcomes: Iterable[Outcome]) -> list[Suspicion]:
 
 
 def _never_apart(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """The nodes, put together where they took part in the same attempts and may be blamed for the same deaths."""
+    """The nodes in groups: together are those that ran in the same attempts and may have caused the same deaths."""
     groups: dict[tuple[tuple[bool, bool], ...], list[str]] = {}
     for node in dict.fromkeys(node for each in outcomes for node in each.nodes):
         history = tuple((node in each.nodes, node in each.suspects) for each in outcomes)
@@ -136,18 +146,18 @@ def _tally(outcomes: Sequence[Outcome], group: tuple[str, ...], besides: tuple[s
 def _stands_out(tally: Suspicion, num_groups: int, known: int) -> bool:
     if tally.died < MIN_DEATHS:
         return False
-    # Of many nodes some look bad by chance alone: hence the number of groups.
+    # With many nodes some look bad by chance alone, so the chance is multiplied by their number (Bonferroni).
     clear = tally.difference >= CLEAR_DIFFERENCE or (tally.difference > 0 and tally.chance * num_groups <= CLEAR_CHANCE)
     return clear or (num_groups > 1 and tally.named >= MIN_DEATHS and 2 * tally.named >= known)
 
 
 def _weight(tally: Suspicion) -> tuple[float, float, int]:
-    """The larger, the more suspicious; what is known of ranks comes before what is concluded from company."""
+    """The larger, the more suspicious. What is known of ranks counts before what is concluded from shares."""
     return (tally.named if tally.named >= MIN_DEATHS else 0, round(tally.difference, 9), tally.died)
 
 
 def why_nobody(outcomes: Iterable[Outcome]) -> str:
-    """What to say where attempts died and no node is suspicious; "" where fewer than MIN_DEATHS died."""
+    """What to tell the user if attempts died and no node is suspicious; "" if fewer than MIN_DEATHS died."""
     known = [each for each in outcomes if each.nodes]
     died = sum(each.died for each in known)
     if died < MIN_DEATHS:
@@ -163,7 +173,7 @@ def why_nobody(outcomes: Iterable[Outcome]) -> str:
 
 
 def compress(names: Iterable[str]) -> str:
-    """`gpu03,gpu04,gpu05,x` -> `gpu[03-05],x`, as SLURM writes and reads it; up to two are left as they are."""
+    """`gpu03,gpu04,gpu05,x` -> `gpu[03-05],x`, as SLURM writes and reads it; one or two names stay as they are."""
     names = list(dict.fromkeys(names))
     if len(names) <= 2:
         return ",".join(names)
@@ -175,7 +185,7 @@ def compress(names: Iterable[str]) -> str:
 
 
 def _ranges(numbers: list[int], width: int) -> str:
-    """`[03-05,07]` of ascending numbers; "" for the width 0, which stands for a name without a number."""
+    """`[03-05,07]` of ascending numbers with this many digits; "" for the width 0: a name without a number."""
     if not width:
         return ""
     ends: list[list[int]] = []

@@ -1,11 +1,11 @@
 """What happened to a run, from its status, its attempts and its metrics. No torch is imported here.
 
 goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
-          were trained again after a kill (or are going to be), starting, saving, drawing, waiting for lost ranks.
-          An attempt's time begins when it claims the run: the wait for a machine, the start of Python and the first
-          meeting of the ranks come before.
-lost      the steps of an attempt that were trained again: those beyond the checkpoint from which a later attempt
-          went on. As many as metrics.jsonl knows, so up to train.log_every - 1 too few.
+          were trained again after a kill (or are going to be), and into starting, saving, drawing previews and
+          waiting for lost ranks. An attempt's time begins when it claims the run: the wait for a machine, the start
+          of Python and the connection of the ranks come before.
+lost      the steps of an attempt that were trained again: those after the checkpoint from which a later attempt
+          went on. They are counted in metrics.jsonl, so up to train.log_every - 1 steps too few.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECENT_LINES = 50  # of metrics.jsonl, for the time that a step takes now
 
 
 class Logged(NamedTuple):
-    """A line of metrics.jsonl."""
+    """What the report needs of a line of metrics.jsonl; time in seconds since 1970."""
 
     step: int
     time: float
@@ -38,13 +38,14 @@ class Logged(NamedTuple):
 
 @dataclass(frozen=True)
 class AttemptReport:
-    """An attempt, and what its steps came to.
+    """An attempt, and which of its steps counted.
 
     Attributes:
+        record: what its file says.
         reached: the last step that it is known to have trained.
         lost: how many of its steps were trained again, or must be.
         seconds: from its start to its end, its last sign of life, or now.
-        useful_seconds, lost_seconds: of these, spent on steps that counted and on those lost.
+        useful_seconds, lost_seconds: the parts of `seconds` that went into steps that counted, and into lost ones.
     """
 
     record: AttemptRecord
@@ -60,13 +61,18 @@ class Report:
     """What `python -m ddpm_dist.status` says; None for what cannot be known.
 
     Attributes:
-        state: as in status.json, but "died" if the last attempt left without a word.
+        run: the path of the run directory.
+        state: as in status.json, but "died" if the last attempt was killed or crashed before it could write one.
         step: the last step trained.
-        saved_step: where the next attempt begins.
-        goodput: in [0, 1].
-        steps_left, seconds_left: to the target, at the recent pace; None where there is nothing to go on with.
+        target: the step at which the run is finished.
+        saved_step: the step of the newest checkpoint, from which the next attempt goes on.
+        reason: why the run is in this state; "" where nobody said so.
+        seconds: wall time of all attempts.
+        goodput, lost_share: shares of `seconds` that went into steps that counted, and into lost ones, in [0, 1].
+        seconds_per_step: recent wall time of a step.
+        steps_left, seconds_left: to the target, at the recent pace; None if the run is finished or cannot go on.
         suspicions: nodes on which attempts die.
-        nodes_note: why there are none although attempts died.
+        nodes_note: why no node is suspicious although attempts died.
     """
 
     run: str
@@ -96,7 +102,7 @@ class Report:
 
 
 def read_report(path: Path) -> Report:
-    """Look at a run directory.
+    """The report of a run directory. Takes some seconds where a heartbeat must be watched for.
 
     Raises:
         DataError: there is no run.
@@ -106,7 +112,7 @@ def read_report(path: Path) -> Report:
     status = read_json(directory.status_file)
     records = read_records(directory.attempts, status or {})
     if status is None and not records and not directory.config_file.exists():
-        # An attempt that fails before its first step leaves no config.yaml, and is a run all the same.
+        # A run whose only attempt failed before its first step has no config.yaml.
         raise DataError(f"{path}: no run here (no config.yaml, status.json or attempts)")
     return make_report(str(path), status or {}, records, read_logged(directory.metrics_file), _batch_size(directory))
 
@@ -114,12 +120,12 @@ def read_report(path: Path) -> Report:
 def _batch_size(directory: RunDirectory) -> int | None:
     try:
         return directory.read_config().data.batch_size
-    except (ConfigError, DataError):  # the rest can be said without it
+    except (ConfigError, DataError):  # the report says less then, and is right all the same
         return None
 
 
 def read_logged(path: Path) -> dict[int, list[Logged]]:
-    """Lines of metrics.jsonl by attempt, ascending in step; what makes no sense is passed over."""
+    """Lines of metrics.jsonl by attempt, ascending in step; lines without sound numbers are left out."""
     found: dict[int, list[Logged]] = {}
     for record, _ in read_lines(path):
         attempt, step, when = as_count(record.get("attempt")), as_count(record["step"]), as_time(record.get("time"))
@@ -139,7 +145,16 @@ def make_report(
     batch_size: int | None,
     now: float | None = None,
 ) -> Report:
-    """Args: see `Report`; batch_size is data.batch_size, None where not known; now in seconds since 1970."""
+    """The report of what was read.
+
+    Args:
+        run: the path of the run directory.
+        status: the content of status.json; {} if there is none.
+        records: every attempt, ascending.
+        logged: lines of metrics.jsonl by attempt (`read_logged`).
+        batch_size: data.batch_size, images a step over all ranks; None where not known.
+        now: seconds since 1970; None: the present.
+    """
     now = time.time() if now is None else now
     boundaries = kept_steps(records, status)
     attempts = [
@@ -179,7 +194,7 @@ def make_report(
 
 
 def _state(records: Sequence[AttemptRecord], status: dict[str, Any]) -> tuple[str, str]:
-    """(state, reason): of the last attempt that began, since a killed one leaves an old status.json behind."""
+    """(state, reason) of the last attempt that began: status.json is out of date if that one was killed."""
     said, reason = as_text(status.get("state")), as_text(status.get("reason"))
     for record in reversed(records):
         if record.how in ("left", "unknown"):
@@ -193,13 +208,13 @@ def _state(records: Sequence[AttemptRecord], status: dict[str, Any]) -> tuple[st
 
 
 def _saved(records: Sequence[AttemptRecord], status: dict[str, Any]) -> int | None:
-    """The newest checkpoint's step, where the next attempt goes on."""
+    """The step of the newest checkpoint, from which the next attempt goes on."""
     begun = [record.saved_step for record in records if record.start_step is not None]
     return begun[-1] if begun else as_count(status.get("saved_step"))
 
 
 def kept_steps(records: Sequence[AttemptRecord], status: dict[str, Any]) -> list[float]:
-    """For each attempt the last of its steps that counts: beyond, a later attempt has trained again, or must."""
+    """For each attempt the last of its steps that counts; later attempts trained the following ones again, or must."""
     begun = [record for record in records if record.start_step is not None]
     going_on = bool(begun) and begun[-1].how in ("running", "finished")
     boundary = math.inf if going_on else float(_saved(records, status) or 0)
@@ -238,7 +253,7 @@ def _attempt(
 
 
 def seconds_per_step(logged: dict[int, list[Logged]], batch_size: int | None) -> float | None:
-    """Wall time of a step in the last attempt that logged any, saves and previews included; None where not known."""
+    """Wall time of a step, saves and previews included, in the last attempt that logged; None where not known."""
     if not logged:
         return None
     lines = logged[max(logged)][-RECENT_LINES:]

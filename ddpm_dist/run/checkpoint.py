@@ -22,7 +22,7 @@ class Checkpoint:
     Attributes:
         step: finished steps; fixes learning rate, data position and noise.
         model, ema, optimizer, scaler: state dicts.
-        window: float64 [6], sums and counts since the last line of metrics.jsonl (see training.trainer).
+        window: float64 [6], sums and counts since the last line of metrics.jsonl.
         config: {dotted key: value}, resolved.
         contract: what was decided once, at step 0, and binds every later attempt.
         format: which layout this is (see run.formats).

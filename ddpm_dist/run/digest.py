@@ -1,4 +1,4 @@
-"""Short names for states: two checkpoints with the same digests continue alike, to the last bit."""
+"""Digests of what a checkpoint holds: two checkpoints with the same digests go on alike, to the last bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ddpm_dist.run.checkpoint import Checkpoint
 
 
 def digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """{part: 16 hex digits} of all that is learned or shapes the next step: weights, EMA, optimizer, scaler."""
+    """{part: 16 hex digits} of all that is learned or shapes the next step: weights, EMA, optimizer, scaler.
+
+    Neither the memory layout of a tensor nor the order of the keys of a dict counts.
+    """
     parts = {
         "weights": checkpoint.model,
         "ema": checkpoint.ema,
@@ -30,7 +33,7 @@ def _digest(value: Any) -> str:
 
 
 def _feed(hasher: hashlib.blake2b, value: Any) -> None:
-    """Type, size and content of every leaf, so that no two states look alike."""
+    """Hash type, size and content of every leaf, so that no two different states are fed alike."""
     if isinstance(value, Tensor):
         hasher.update(b"tensor")
         hasher.update(repr((value.dtype, tuple(value.shape))).encode())

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whole, whatever happens in between."""
+"""Writing files so that a reader finds either the whole old one or the whole new one, whatever happens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any, BinaryIO, Self, cast
 
 TEMPORARY = ".tmp"
 _BUFFER_BYTES, _FLUSH_BYTES = 2**22, 2**24
-Fence = Callable[[], None]  # raises if this process may no longer write (see run.lease)
+Fence = Callable[[], None]  # raises TakenOver if this process may no longer write: Lease.check (see run.lease)
 
 
 def no_fence() -> None:
-    """For files that anybody may write."""
+    """The fence of who holds no lease: readers, and writers of files that any process may write."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system calls on an open file (write, fsync) do not say which file: put its name in."""
+    """Put the file's name into errors that lack it: those of system calls on an open file, as write and fsync."""
     try:
         yield
     except OSError as error:
@@ -33,16 +33,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class HashingWriter:
-    """Writes to a binary file and hashes what is written (sha256), so that it need not be read again.
+    """Writes to a binary file and computes the sha256 of what is written, so that the file need not be read for it.
 
-    Threads hash copies of what was written, and have the disk take it, while more is made and written: that hides
-    the better part of both.
+    While the caller makes and writes more, two threads hash copies of what was written and flush it to the disk.
+    So most of the time that both take is hidden.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._threads = file, ThreadPoolExecutor(2)
         self._hash = hashlib.sha256()
-        # Hashed one after the other; handing over less than megabytes costs more than it gains.
+        # One buffer is filled while the other is hashed. Smaller ones would cost more time than they save.
         self._filling, self._hashing = bytearray(_BUFFER_BYTES), bytearray(_BUFFER_BYTES)
         self._filled = 0
         self._hashed: Future[None] | None = None
@@ -53,11 +53,11 @@ class HashingWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown()  # they hold the file's number, which is soon another file's
+        self._threads.shutdown()  # they hold the file's descriptor, whose number is another file's once it is closed
 
     def write(self, data: bytes) -> int:
         self._file.write(data)
-        left = memoryview(data).cast("B")  # the caller's, and gone when we return
+        left = memoryview(data).cast("B")  # the memory is the caller's, who uses it again once we return
         self.size += len(left)
         while len(left):
             piece = left[: _BUFFER_BYTES - self._filled]
@@ -78,13 +78,13 @@ class HashingWriter:
             self._flushed.append(self._threads.submit(os.fdatasync, self._file.fileno()))
 
     def flush(self) -> None:
-        """Raises OSError, also for what a thread met: the kernel tells of an error only once."""
+        """Raises OSError, also for an error that a thread met: the kernel reports an error only once."""
         self._file.flush()
         for flushed in self._flushed:
             flushed.result()
 
     def hexdigest(self) -> str:
-        """Once all is written."""
+        """The sha256 of all that was written so far."""
         if self._hashed is not None:
             self._hashed.result()
         whole = self._hash.copy()
@@ -94,11 +94,13 @@ class HashingWriter:
 
 @contextlib.contextmanager
 def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iterator[BinaryIO]:
-    """Write a file beside `path` that takes its name when the block ends well: fsync, rename, fsync of the folder.
+    """Write a temporary file that is renamed to `path` when the block ends without an exception.
+
+    The order is: fsync of the file, fence, rename, fsync of the folder.
 
     Args:
-        fence: called right before the rename; what it raises leaves `path` untouched.
-        durable: false leaves both fsyncs out, for what may be lost with the machine.
+        fence: called right before the rename; if it raises, `path` is untouched.
+        durable: False leaves both fsyncs out, for a file that may be lost when the machine crashes.
 
     Raises:
         OSError: no space, read-only, ...; `path` is untouched then.
@@ -119,7 +121,7 @@ def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iter
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the renames inside a folder durable."""
+    """Have the renames inside a folder survive a crash of the machine."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -128,7 +130,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any], fence: Fence = no_fence) -> None:
-    """Replace a JSON file. Raises OSError, or what the fence raises; the old one stays then."""
+    """Replace a JSON file. Raises OSError, or what the fence raises; the old file stays then."""
     with replacing(path, fence) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
 

@@ -1,12 +1,17 @@
 """One writer per run directory: every attempt claims the next number, and only the highest number may write.
 
-An attempt's claim is the file `attempts/00003.json`, put in place by link(2), which succeeds for one process only, on
-network file systems too. The holder counts a heartbeat up in it. A claim is free when its holder has ended, is a
-dead process of this machine, is an earlier life of this SLURM job, or has not counted for STALE_SECONDS of our own
-clock (clocks of other hosts are not compared). Who was only asleep, or lives on where only slurmd died, finds a
-higher number and writes nothing any more.
+The claim. Attempt 3 claims the run by putting the file `attempts/00003.json` in place with link(2), which succeeds for
+one process only, on network file systems too. The holder of a claim counts a heartbeat up in its file. The next
+attempt may claim as soon as the holder has ended, is a dead process of this machine, belongs to an earlier restart of
+this SLURM job, or has not counted for STALE_SECONDS of our own clock (the clocks of other hosts are not compared).
 
-A POSIX lock would say less: a stopped process keeps it, and network file systems may grant it twice.
+The fence. Whether this process may still write is decided in one place, `Lease.check`. It is handed as `fence` to all
+that write files of the run (journal, checkpoints, status.json, config.yaml, pictures), and they call it right before
+each write or rename. A holder that was only asleep, or that goes on computing on a node whose slurmd died, finds the
+file of a higher number there and writes nothing any more. Between the check and the rename lies an instant: a thread
+that is stopped in that very instant still puts one whole file in place when it wakes up, and no second one.
+
+A POSIX lock would not do: a stopped process keeps it, and network file systems may grant it twice.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ POLL_SECONDS = 0.2
 
 
 class Lease:
-    """The right of one attempt to write into a run directory. Made by `claim`.
+    """The right of one attempt to write into a run directory. `claim` makes it; `check` says whether it still holds.
 
     Args:
         path: `attempts/00003.json`, which is in place.
@@ -46,10 +51,11 @@ class Lease:
 
     @property
     def number(self) -> int:
+        """Which attempt this is, from 1."""
         return int(self._facts["attempt"])
 
     def check(self) -> None:
-        """Call it before anything is renamed into place. Raises TakenOver if a later attempt has begun."""
+        """The fence: call it before a file is put in place. Raises TakenOver if a later attempt has begun."""
         if self._next.exists():
             other = read_json(self._next) or {}
             raise TakenOver(
@@ -64,10 +70,10 @@ class Lease:
             self._write()
 
     def release(self, **facts: Any) -> None:
-        """Say how the attempt ended; whoever comes next need not wait."""
+        """Write down that and how the attempt ended, so that the next attempt need not wait."""
         self._leave.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # no space, perhaps: then the next attempt finds a dead holder
+        with contextlib.suppress(OSError):  # perhaps there is no space; then the next attempt finds a dead process
             self.note(ended=time.time(), **facts)
 
     def _beat(self) -> None:
@@ -84,16 +90,16 @@ class Lease:
 
 
 def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[[float], None] = time.sleep) -> Lease:
-    """Become the one attempt that writes.
+    """Become the one attempt that writes; waits while it is not clear whether another one is alive.
 
     Args:
         directory: `attempts/`; made if it is not there.
-        facts: plain JSON about this attempt, beside what the lease itself needs.
+        facts: plain JSON about this attempt, in addition to what the lease itself needs.
         at_least: the lowest number to claim, where earlier attempts are known from elsewhere.
-        wait: called with seconds; may raise to give up.
+        wait: called with the seconds to wait; may raise an exception, which ends the waiting.
 
     Raises:
-        ConfigError: another attempt is alive; says whose.
+        ConfigError: another attempt is alive; the message says where.
         OSError: the folder cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,13 +120,13 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
             _sweep(directory)
             return Lease(path, facts)
         except FileExistsError:
-            continue  # another was first: is it alive?
+            continue  # another process was first: look whether it is alive
         finally:
             private.unlink(missing_ok=True)
 
 
 def _sweep(directory: Path) -> None:
-    """Remove the claims of processes that died while they made them."""
+    """Remove what processes left behind that died while they made their claim."""
     for path in directory.glob(".*.claim"):
         if not seems_alive(read_json(path) or {}):
             path.unlink(missing_ok=True)
@@ -133,15 +139,18 @@ def read_attempts(directory: Path) -> list[dict[str, Any]]:
 
 
 def seems_alive(facts: dict[str, Any]) -> bool:
-    """False if the holder has ended, is a dead process of this machine or an earlier life of this SLURM job.
+    """False if the holder has ended, is a dead process of this machine, or of an earlier restart of this SLURM job.
 
     True where that cannot be known.
+
+    Args:
+        facts: the content of the holder's file.
     """
     if facts.get("ended") is not None:
         return False
     here = _identity()
     if here["slurm_restart"] is not None and facts.get("slurm_job") == here["slurm_job"]:
-        # SLURM has started us anew, so it takes that life for dead: it may be one whose node was cut off.
+        # SLURM restarted the job, so it has given the earlier start up; its node may only be cut off.
         earlier = facts.get("slurm_restart")
         if isinstance(earlier, int) and earlier < here["slurm_restart"]:
             return False
@@ -151,13 +160,13 @@ def seems_alive(facts: dict[str, Any]) -> bool:
 
 
 def is_held(directory: Path, wait: Callable[[float], None] = time.sleep) -> bool:
-    """Whether the newest attempt is alive. Takes a heartbeat to say yes, and up to STALE_SECONDS to say no."""
+    """Whether the newest attempt is alive. To say yes takes a heartbeat, to say no up to STALE_SECONDS."""
     newest = _newest(directory)
     return bool(newest) and _living_holder(directory / _name(newest), wait) is not None
 
 
 def _living_holder(path: Path, wait: Callable[[float], None]) -> dict[str, Any] | None:
-    """Watches a claim until its heartbeat is seen (then its facts), or the holder is gone (then None)."""
+    """Watch a claim until its heartbeat is seen (then return its facts), or its holder is gone (then None)."""
     seen, since = path.read_bytes(), time.monotonic()
     while time.monotonic() - since <= STALE_SECONDS:
         facts = read_json(path) or {}
@@ -187,7 +196,9 @@ def _holder(facts: dict[str, Any]) -> str:
 
 
 def _identity() -> dict[str, Any]:
-    """Which process this is: a pid means something only within one boot and one PID namespace, and is used again."""
+    """Which process this is. A pid alone does not say: it is valid within one boot and one PID namespace, and the
+    kernel gives it to other processes later, which then differ in their start time.
+    """
     pid = os.getpid()
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return {
@@ -201,16 +212,16 @@ def _identity() -> dict[str, Any]:
 
 
 def slurm_restart() -> dict[str, Any]:
-    """Which job this is, and how often SLURM has started it anew; None outside SLURM."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "0")  # not set in a job's first life
+    """Which SLURM job this is, and how often SLURM has restarted it; None outside SLURM."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "0")  # not set before the first restart
     job = os.environ.get("SLURM_JOB_ID")
     return {"slurm_job": job, "slurm_restart": int(count) if job and count.isdigit() else None}
 
 
 def _start_time(pid: Any) -> int | None:
-    """In clock ticks since boot; None if there is no such process, or it is a zombie."""
+    """When a process started, in clock ticks since boot; None if there is no such process, or it is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):  # ValueError: edited by hand into what is no name of a file
+    except (OSError, ValueError):  # ValueError: somebody edited the pid into something that no file can be called
         return None
     return None if fields[0] in "ZX" else int(fields[19])

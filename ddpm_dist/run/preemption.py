@@ -1,4 +1,4 @@
-"""Stop signals. Handlers only set a flag; what is to be done is decided between steps. No torch here."""
+"""Stop signals. A handler only sets a flag; the training loop looks at it between steps. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm_dist.errors import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
-LAUNCHER_GONE_SECONDS = 4.5  # for the save, when nobody is left who would end us
+LAUNCHER_GONE_SECONDS = 4.5  # for the save, after the launcher has died; then the process ends itself
 
 
 class StopSignal:
@@ -28,10 +28,10 @@ class StopSignal:
         """Take over the stop signals.
 
         Args:
-            under_launcher: also ask the kernel for SIGTERM when the launcher dies, so that no worker outlives it.
+            under_launcher: also have the kernel send SIGTERM when the launcher dies, so that no rank outlives it.
         """
         for number in SIGNALS:
-            # Under nohup a hang-up is ignored, and is to stay so.
+            # nohup has SIGHUP ignored, and it stays ignored.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
         launcher = self._follow_launcher() if under_launcher else None
@@ -39,10 +39,11 @@ class StopSignal:
         return self
 
     def requested(self) -> bool:
+        """Whether a stop signal has come."""
         return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A forked child that has not reset its handlers must not believe that it is the trainer.
+        # A forked child inherits this handler until it resets it. A signal to the child is none to this process.
         if os.getpid() == self._pid:
             self._remember(number)
 
@@ -51,7 +52,7 @@ class StopSignal:
             self.received = signal.Signals(number)
 
     def _follow_launcher(self) -> int:
-        """Returns its pid."""
+        """Have the kernel send SIGTERM when the launcher dies; returns the launcher's pid."""
         launcher = os.getppid()
         try:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -62,10 +63,14 @@ class StopSignal:
         return launcher
 
     def _listen(self, launcher: int | None) -> None:
-        """See signals from a thread too: Python's handlers wait for the main thread to come out of a collective."""
+        """Watch for signals in a thread, too.
+
+        Python runs a handler only in the main thread, and only once that comes back from a collective. The thread
+        reads the numbers of the signals from a pipe at once, and ends the process if the launcher is gone.
+        """
         readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)  # a child's signals are its own
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)  # not the children's signals
 
         def listen() -> None:
             while launcher is None or os.getppid() == launcher:
@@ -80,13 +85,15 @@ class StopSignal:
 
 
 def ignore_from_now_on() -> None:
-    """For a process that has done all and is about to exit: a late signal must not change its exit code."""
+    """For a process that is done and about to exit: a signal that comes late must not change its exit code."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def ignore_in_child(worker_id: int = 0) -> None:
-    """A loader worker's `worker_init_fn`. torchrun and terminals signal whole process groups: a worker that
-    obeyed would die under the trainer before it could save. It ends when its trainer closes it or is gone.
+    """Ignore stop signals in a loader worker; for `worker_init_fn`.
+
+    torchrun and terminals send a signal to a whole process group. A worker that obeyed it would die before its rank
+    has saved, and the rank with it. The worker ends when its rank closes it or is gone.
     """
     ignore_from_now_on()

@@ -1,4 +1,4 @@
-"""The attempts log read after the fact: who died without a word, and files that are not what they should be."""
+"""The files in attempts/, read afterwards: which attempts died, and files that are damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of attempts and metrics: steps lost, goodput, what is left; damage costs facts, never a traceback."""
+"""The report of attempts and metrics: steps lost, goodput, what is left. Damaged files cost facts, no traceback."""
 
 from __future__ import annotations
 

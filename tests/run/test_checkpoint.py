@@ -168,7 +168,7 @@ def test_steps_of_more_than_eight_digits_are_the_newest(tmp_path: Path) -> None:
 
 
 def test_pruning_never_takes_what_was_just_saved_while_only_damaged_ones_are_newer(tmp_path: Path) -> None:
-    """The run fell back to step 2 and saves more often now: the damaged ones ahead must not crowd out the good."""
+    """The run fell back to step 2 and saves more often now: the newer, damaged ones must not displace the good ones."""
     store = store_with(tmp_path, 2, 8, 10)
     for step in (8, 10):
         pt(store, step).write_bytes(b"damaged")
@@ -460,7 +460,7 @@ def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints")
     store.save(make(4, format=FORMAT + 1), {})
     with pytest.raises(DataError, match=f"format {FORMAT + 1}"):
-        store.newest_valid()  # falling back behind a newer version's back would throw its steps away
+        store.newest_valid()  # an older checkpoint is not used instead: the steps of the newer version would be lost
     with pytest.raises(DataError, match=rf"format {FORMAT + 1}, this version reads {FORMAT}"):
         store.load(4)
 

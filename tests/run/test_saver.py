@@ -1,4 +1,4 @@
-"""Saving beside training: what was there at the call is saved, failures surface, nothing is given up early."""
+"""Saving while training goes on: what was there at the call is saved, failures are reported, retries are made."""
 
 from __future__ import annotations
 
