@@ -1,4 +1,4 @@
-"""One writer: of many claims one succeeds, the dead are succeeded at once, the silent soon, the living never."""
+"""One writer: of many claims one succeeds. A dead holder is followed at once, a silent one soon, a living one never."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def try_to_claim(directory: Path, result: Path, hold: float) -> None:
-    """A process: writes how it went, and lives on as the holder for a while."""
+    """A process that tries to claim, writes how that went, and if it holds the claim sleeps for `hold` seconds."""
     try:
         lease = claim(directory, {}, 1)
     except ConfigError as error:
@@ -72,8 +72,9 @@ def held(directory: Path, **facts: Any) -> Iterator[Lease]:
         lease.release()
 
 
-def test_of_100_simultaneous_claims_exactly_one_succeeds(tmp_path: Path) -> None:
-    """And so again when all find the same dead holder."""
+def test_of_100_simultaneous_claims_exactly_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again one when all find the same dead holder."""
+    monkeypatch.setattr(leases, "STALE_SECONDS", 60.0)  # among 100 processes the holder's thread may wait for a core
     for number in (1, 2):
         folder = tmp_path / f"results-{number}"
         folder.mkdir()
@@ -122,7 +123,7 @@ def test_a_dead_process_of_this_machine_is_succeeded_at_once(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("changed", [{"host": "node7"}, {"boot": "another"}, {"pid_namespace": "pid:[1]"}])
 def test_a_holder_elsewhere_is_waited_for_by_our_own_clock(tmp_path: Path, changed: dict[str, str]) -> None:
-    """Its pid means nothing here, and its clock may be years off."""
+    """Its pid says nothing on this machine, and its clock may be years off."""
     with held(tmp_path):
         pass
     path = tmp_path / "00001.json"
