@@ -1,137 +1,25 @@
-"""What ranks agree on: who works alone, who has failed, when to stop."""
+"""What ranks do together, and that a single process does the same without any process group."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Job
+import torch
+import torch.distributed as dist
+from rank_processes import connect, run_ranks
+from torch import nn
 
-from ddpm_dist.errors import ConfigError, DataError, StopRequested
-from ddpm_dist.parallel.environment import read_environment
-from ddpm_dist.parallel.failures import RankLost, RankZeroFailed
+from ddpm_dist.errors import DataError, Diverged, StopRequested
+from ddpm_dist.parallel.environment import RankEnvironment, node_name
+from ddpm_dist.parallel.failures import Failure, RankZeroFailed
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.vote import Wish
-from ddpm_dist.run.preemption import StopSignal
 
-
-def connect(timeout_seconds: float = 30.0) -> tuple[Ranks, StopSignal]:
-    import torch
-
-    torch.set_num_threads(1)
-    stop = StopSignal().install(under_launcher=False)
-    return Ranks(read_environment(), torch.device("cpu"), timeout_seconds, stop.requested), stop
-
-
-def run_ranks(tmp_path: Path, world_size: int, function: Callable[[], int]) -> list[int | None]:
-    with Job(world_size, tmp_path / "ranks.log", function, ()) as job:
-        codes = job.wait(60)
-        print(job.output())
-        return codes
-
-
-def slow_rank_zero() -> int:
-    ranks, _ = connect(timeout_seconds=2.0)
-
-    def work(should_stop: Callable[[], bool]) -> str:
-        time.sleep(5)  # far beyond the time-out of any collective
-        return "drawn"
-
-    assert ranks.on_rank_zero(work) == "drawn"
-    ranks.leave()
-    return 0
-
-
-def test_work_of_rank_zero_may_take_longer_than_any_timeout(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 3, slow_rank_zero) == [0, 0, 0]
-
-
-def silent_rank_zero() -> int:
-    ranks, _ = connect(timeout_seconds=2.0)
-    if ranks.is_zero:
-        time.sleep(8)  # hangs, and does not even beat
-        return 0
-    try:
-        ranks.on_rank_zero(lambda should_stop: None)
-    except RankLost:
-        return 7
-    return 1
-
-
-def test_rank_zero_that_hangs_is_noticed_within_the_timeout(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 2, silent_rank_zero) == [0, 7]
-
-
-def failing_rank_zero() -> int:
-    ranks, _ = connect()
-
-    def work(should_stop: Callable[[], bool]) -> None:
-        raise DataError("no images")
-
-    try:
-        ranks.on_rank_zero(work)
-    except DataError:
-        assert ranks.is_zero
-        code = 65
-    except RankZeroFailed as error:
-        code = error.exit_code
-    assert ranks.failure_is_shared
-    ranks.leave()
-    return code
-
-
-def test_failure_of_rank_zero_ends_all_ranks_with_its_exit_code(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 2, failing_rank_zero) == [65, 65]
-
-
-def one_rank_lacks_data() -> int:
-    ranks, _ = connect()
-
-    def work() -> int:
-        if ranks.rank == 1:
-            raise DataError("missing on this node")
-        return ranks.rank
-
-    try:
-        ranks.all_succeed(work)
-    except DataError as error:
-        code = 65 if ranks.is_zero and "rank 1" in str(error) else 1
-    except RankZeroFailed as error:
-        code = error.exit_code
-    ranks.leave()
-    return code
-
-
-def test_failure_of_any_rank_is_told_by_rank_zero(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 3, one_rank_lacks_data) == [65, 65, 65]
-
-
-def signal_while_rank_zero_works() -> int:
-    ranks, _ = connect()
-
-    def work(should_stop: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            if should_stop():
-                raise StopRequested
-            time.sleep(0.05)
-
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    try:
-        ranks.on_rank_zero(work)
-    except StopRequested:
-        ranks.leave()
-        return 75
-    return 1
-
-
-def test_signal_to_a_waiting_rank_stops_the_work_of_rank_zero(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 2, signal_while_rank_zero_works) == [75, 75]
+# Several ranks
 
 
 def stop_in_the_same_step() -> int:
@@ -152,27 +40,119 @@ def test_all_ranks_stop_in_the_same_step(tmp_path: Path) -> None:
     assert codes[0] in (6, 7)
 
 
-def leave_at_different_times() -> int:
+def add_up() -> int:
     ranks, _ = connect()
-    time.sleep(0.5 * ranks.rank)
-    begin = time.monotonic()
+    values = torch.tensor([1.0, ranks.rank])
+    assert ranks.sum(values) is values
+    assert values.tolist() == [4.0, 6.0]
+    large = 2**53 + 1  # a float64 would not hold it
+    assert ranks.gather(large + ranks.rank) == [large + rank for rank in range(4)]
+    for bit, group in enumerate(ranks.partners_by_bit()):
+        mine = torch.tensor([float(ranks.rank)])
+        dist.all_reduce(mine, group=group)
+        assert mine.item() == ranks.rank + (ranks.rank ^ 1 << bit), bit
+    module = ranks.wrap(nn.Linear(1, 1, bias=False))
+    module(torch.tensor([[float(ranks.rank)]])).sum().backward()
+    (weight,) = module.parameters()
+    assert weight.grad is not None
+    assert weight.grad.item() == 1.5, "the mean of 0, 1, 2 and 3"
     ranks.leave()
-    return 0 if ranks.rank == 2 or time.monotonic() - begin > 0.3 else 1
+    return 0
 
 
-def test_no_rank_leaves_under_another(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path, 3, leave_at_different_times) == [0, 0, 0]
+def test_ranks_add_up_gather_and_average_gradients(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path, 4, add_up) == [0, 0, 0, 0]
 
 
-def test_more_ranks_than_gpus_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def find_the_same_error() -> int:
+    ranks, _ = connect()
+    assert not ranks.failure_is_shared
+    try:
+        ranks.fail_together(Diverged("NaN"))
+    except Diverged:
+        code = 76 if ranks.is_zero else 1
+    except RankZeroFailed as error:
+        code = 1 if ranks.is_zero else error.exit_code
+    assert ranks.failure_is_shared
+    ranks.leave()
+    return code
 
-    from ddpm_dist.parallel.connection import pick_device
-    from ddpm_dist.parallel.environment import RankEnvironment
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="4 ranks on a node with 2 GPUs"):
-        pick_device("auto", RankEnvironment(3, 3, 4, 4, "torchrun"))
-    assert pick_device("auto", RankEnvironment(1, 1, 2, 2, "torchrun")) == torch.device("cuda", 1)
-    assert pick_device("cpu", RankEnvironment(3, 3, 4, 4, "torchrun")) == torch.device("cpu")
+def test_an_error_that_all_have_found_is_raised_by_rank_zero_alone(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path, 3, find_the_same_error) == [76, 76, 76]
+
+
+def end_alone() -> int:
+    ranks, _ = connect()
+    ranks.all_succeed(lambda: None)
+    if ranks.rank == 1:
+        ranks.report_failure(65, "no images")
+        os._exit(7)
+    deadline = time.monotonic() + 20
+    while ranks.reported_failure() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ranks.reported_failure() == Failure(65, "rank 1: no images", (1,))
+    error = ranks.lost(RuntimeError("gloo:\n  closed"))
+    assert "lost contact to another rank (gloo: closed); silent: rank 1" in str(error)
+    assert error.ranks == (1,)
+    os._exit(0)
+
+
+def test_rank_zero_learns_why_another_rank_has_ended_and_which_one_is_silent(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path, 2, end_alone) == [0, 7]
+
+
+# One process
+
+
+class Asked:
+    """Whether this process was asked to stop, as a test decides it."""
+
+    def __init__(self) -> None:
+        self.to_stop = False
+
+    def __call__(self) -> bool:
+        return self.to_stop
+
+
+def one_process(asked: Asked | None = None) -> Ranks:
+    return Ranks(RankEnvironment(0, 0, 1, 1, "none"), torch.device("cpu"), 30.0, asked or Asked())
+
+
+def test_one_process_is_all_ranks_and_makes_no_process_group() -> None:
+    ranks, module, values = one_process(), nn.Linear(1, 1), torch.tensor([3.0])
+    assert (ranks.rank, ranks.world_size, ranks.is_zero, ranks.nodes) == (0, 1, True, [node_name()])
+    assert ranks.watchdog is None
+    assert ranks.wrap(module) is module
+    assert ranks.sum(values) is values
+    assert values.tolist() == [3.0]
+    assert ranks.gather(5) == [5]
+    assert ranks.partners_by_bit() == []
+    assert ranks.on_rank_zero(lambda should_stop: {"a": (1, should_stop())}) == {"a": (1, False)}
+    assert ranks.all_succeed(lambda: "mine") == "mine"
+    ranks.report_failure(65, "nobody reads this")
+    assert ranks.reported_failure() is None
+    ranks.leave()
+    assert not dist.is_initialized()
+
+
+def test_one_process_is_answered_at_once() -> None:
+    asked = Asked()
+    ranks = one_process(asked)
+    assert [ranks.agree(wish) for wish in (Wish.NONE, Wish.SAVE, Wish.STOP)] == [Wish.NONE, Wish.SAVE, Wish.STOP]
+    asked.to_stop = True
+    assert ranks.agree() == ranks.agree(Wish.SAVE) == Wish.STOP
+    assert ranks.on_rank_zero(lambda should_stop: should_stop()) is True
+
+
+@pytest.mark.parametrize("error", [DataError("no images"), StopRequested(), ZeroDivisionError()])
+def test_one_process_raises_its_own_errors(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    for work in (lambda ranks: ranks.on_rank_zero(lambda should_stop: fail()), lambda ranks: ranks.all_succeed(fail)):
+        with pytest.raises(type(error)) as raised:
+            work(one_process())
+        assert raised.value is error
+    with pytest.raises(Diverged):
+        one_process().fail_together(Diverged("NaN"))
