@@ -16,7 +16,13 @@ from ddpm_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Attributes:
+        rank, world_size: among all processes of the job.
+        local_rank, local_world_size: among those on this node.
+        launcher: who has started them; none means a single process.
+    """
 
     rank: int
     local_rank: int
@@ -26,7 +32,7 @@ class RankEnvironment:
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment:
-    """torchrun's variables, else those of a SLURM step (srun), else one process.
+    """Which rank this is: by torchrun's variables, else by those of a SLURM step (srun), else one process alone.
 
     A SLURM batch script itself is one process: only a step's tasks carry SLURM_STEP_ID.
 
@@ -57,7 +63,7 @@ def read_environment(environ: Mapping[str, str] | None = None) -> RankEnvironmen
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE is like `4(x2),1`; the node's index picks one."""
+    """How many tasks of the step run here: SLURM_STEP_TASKS_PER_NODE lists them by node, like `4(x2),1`."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, repeat = part.partition("(x")
@@ -69,12 +75,12 @@ def _tasks_on_this_node(env: Mapping[str, str]) -> int:
 def rendezvous_from_slurm(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT for a SLURM step: the step's first node, a port from job, step and restart.
 
-    What the user has set already is kept.
+    A value that the user has set is kept.
     """
     env = os.environ if environ is None else environ
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "localhost")
     identity = "-".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    # Below 32768, where Linux starts handing out ports to clients.
+    # Below 32768: from there on Linux gives ports to clients, and ours might be taken.
     port = 15000 + sum(ord(char) * 31**place for place, char in enumerate(identity)) % 17000
     return {
         "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(nodes),
@@ -93,7 +99,7 @@ def srun_wait_seconds(timeout_seconds: float) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """`gpu[03-07,9],x1` -> `gpu03`. Asks scontrol where the list is of a rarer form."""
+    """`gpu[03-07,9],x1` -> `gpu03`. Lists of a rarer form are left to scontrol."""
     simple = re.match(r"^([^\[\],]+)(?:\[(\d+)[^\]]*\])?(?:,|$)", nodes)
     if simple:
         return simple[1] + (simple[2] or "")
@@ -104,15 +110,15 @@ def _first_host(nodes: str) -> str:
 
 
 def node_name(environ: Mapping[str, str] | None = None) -> str:
-    """This machine by the name that `sbatch --exclude` wants, which need not be its host name; else its host name."""
+    """This node's name as SLURM knows it (`sbatch --exclude` wants that one); outside of SLURM, its host name."""
     env = os.environ if environ is None else environ
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def cpu_threads(world: RankEnvironment, environ: Mapping[str, str] | None = None) -> int:
-    """The cores that this rank has for itself: one thread more would run many times slower.
+    """How many cores this rank has for itself, at least 1. With a single thread more it runs many times slower.
 
-    Never os.cpu_count: a job may use only what its affinity and SLURM_CPUS_PER_TASK allow.
+    That is never os.cpu_count(): a job may use only what its affinity and SLURM_CPUS_PER_TASK allow.
     """
     env = os.environ if environ is None else environ
     cores = len(os.sched_getaffinity(0))

@@ -17,7 +17,7 @@ _NOTE = "failure"  # the key of the store under which a rank that ends alone say
 
 
 class RankZeroFailed(Exception):
-    """Rank 0 met an error and has reported it; the others leave with the same exit code, silently."""
+    """Rank 0 met an error and reports it; the other ranks end with the same exit code and print nothing."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"rank 0 failed with exit code {exit_code}")
@@ -28,7 +28,7 @@ class RankLost(RuntimeError):
     """Another rank is dead or hangs.
 
     Attributes:
-        ranks: which, as far as that is known.
+        ranks: which ranks those are, as far as they are known.
     """
 
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:

@@ -2,7 +2,7 @@
 
 gloo announces the address that the node's own name resolves to. Debian writes `127.0.1.1 <own name>` into
 /etc/hosts, and there no other node can reach it; a node with several networks may announce the wrong one. NCCL finds
-its interfaces itself, but the group of flags beside it is gloo too.
+its interfaces itself, but the group on which ranks vote (vote.py) is a gloo group even then.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface, netdevice(7)
 
 
 def choose_interface(store: Store, rank: int, world_size: int) -> None:
-    """Set GLOO_SOCKET_IFNAME to the interface by which MASTER_ADDR is reached. What the user has set is kept.
+    """Set GLOO_SOCKET_IFNAME to the interface by which MASTER_ADDR is reached. Collective.
 
-    The master itself may see its own name as a loopback address; it takes the way to any other node instead.
-    Collective: every rank waits for all the others, for as long as the store's timeout.
+    A value that the user has set is kept. On the master's own node MASTER_ADDR may be a loopback address; ranks there
+    take the interface by which they reach some other node. Every rank waits for all the others, for as long as the
+    store's time-out.
+
+    Args:
+        store: one in which no other keys begin with `address/`.
+        rank, world_size: of this process.
 
     Raises:
         torch.distributed.DistStoreError: a rank did not come.

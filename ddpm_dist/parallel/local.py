@@ -1,4 +1,4 @@
-"""Ranks on this machine, started, killed and waited for from Python: what `verify` rehearses accidents with."""
+"""Ranks on this machine that Python code starts, kills and waits for. `verify` rehearses accidents with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-# A server that has imported torch once; ranks are forks of it, and start in a fraction of a second.
+# A server process imports torch once, and every rank is a fork of it, which starts in a fraction of a second.
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -24,12 +24,14 @@ def free_port() -> int:
 
 
 class LocalRanks:
-    """Processes with torchrun's variables that call one function each; a context manager leaves none behind.
+    """Processes with torchrun's variables, each of which calls the same function.
+
+    As a context manager it kills those that are still alive at the end.
 
     Args:
-        world_size: how many.
-        log: where all that they print is appended.
-        function: importable; called with `args`, returns an exit code.
+        world_size: how many processes.
+        log: a file to which all that they print is appended.
+        function: must be importable by name; called with `args`, returns an exit code.
         preload: modules that the fork server imports at its first use.
     """
 
@@ -59,7 +61,7 @@ class LocalRanks:
         self.kill()
 
     def kill(self, rank: int | None = None) -> None:
-        """SIGKILL to one rank, or to all at once, like a node that dies."""
+        """Send SIGKILL to one rank, or to all at once as when a node dies, and wait until they are gone."""
         victims = self.processes if rank is None else [self.processes[rank]]
         for process in victims:
             process.kill()
@@ -67,17 +69,18 @@ class LocalRanks:
             process.join(30)
 
     def alive(self) -> bool:
+        """Whether any of them still runs."""
         return any(process.is_alive() for process in self.processes)
 
     def exit_codes(self, timeout_seconds: float) -> list[int | None]:
-        """By rank; None for who has not ended by then, -9 for who was killed."""
+        """Wait for all; the exit codes by rank, None for a rank that still runs, -9 for one that was killed."""
         deadline = time.monotonic() + timeout_seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def output(self) -> str:
-        """What all ranks have printed so far, and those who appended to the same log before."""
+        """What the log holds so far: all that these ranks have printed, and others before them."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 

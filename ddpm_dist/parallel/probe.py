@@ -1,4 +1,4 @@
-"""Do these ranks reach each other, how fast, and do all of them see and write one folder? For `launch.doctor`."""
+"""What `launch.doctor` measures on real ranks: how fast they reach each other, and whether they share a folder."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FILE_BYTES = 2**23
 
 
 def probe(folder: Path, device_name: str, timeout_seconds: float, seconds: float) -> int:
-    """Every rank calls it; rank 0 prints. Collective.
+    """Measure all-reduces and the folder; rank 0 prints what was found. Collective.
 
     Args:
         folder: run.root; made if it is not there.
         device_name: auto, cuda or cpu.
-        timeout_seconds: after which a collective is an error.
+        timeout_seconds: a collective that takes longer is an error.
         seconds: how long the all-reduces go on.
 
     Returns:
-        0, or 78 where some rank does not see what rank 0 wrote, or cannot write.
+        0, or 78 if some rank does not see what rank 0 wrote, or cannot write there itself.
     """
     env = read_environment()
     device = pick_device(device_name, env)
@@ -60,7 +60,12 @@ def _about_folder(folder: Path, seen: float, wrote: float) -> str:
 
 
 def _all_reduce_seconds(size: int, device: torch.device, seconds: float) -> float:
-    """Median of one, over so many seconds. All ranks stop together: rank 0's clock decides, every few rounds."""
+    """The median time of one all-reduce. All ranks stop together, when rank 0's clock says that the time is up.
+
+    Args:
+        size: of the tensor, bytes.
+        seconds: how long to go on.
+    """
     data = torch.ones(size // 4, device=device)
     durations: list[float] = []
     begun = time.monotonic()
@@ -78,8 +83,12 @@ def _all_reduce_seconds(size: int, device: torch.device, seconds: float) -> floa
 
 
 def _disk(folder: Path, ranks: Ranks, patience_seconds: float) -> tuple[float, float]:
-    """(seconds until rank 0's file was seen, seconds to write, flush and read one's own); inf for never."""
-    # One name for all ranks of this launch: the port of their meeting.
+    """How this rank sees the folder. Collective.
+
+    Returns:
+        (seconds until rank 0's file was seen, seconds to write, flush and read a file of its own); inf if it failed.
+    """
+    # All ranks of a launch meet at one port, whose number is thus a name that they share and others do not.
     name = f".doctor-{os.environ.get('MASTER_PORT', os.getpid())}"
     beacon, own = folder / name, folder / f"{name}-{ranks.rank}"
     seen, wrote = float("inf"), float("inf")
@@ -114,6 +123,7 @@ def _disk(folder: Path, ranks: Ranks, patience_seconds: float) -> tuple[float, f
 
 
 def _largest(values: torch.Tensor, ranks: Ranks) -> list[float]:
+    """The largest of every value over the ranks. Collective."""
     if ranks.world_size > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()

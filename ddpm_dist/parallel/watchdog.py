@@ -14,20 +14,20 @@ from torch._C._distributed_c10d import Store
 from ddpm_dist.errors import ExitCode
 
 BEAT_SECONDS = 0.5
-GRACE_SECONDS = 5.0  # the collective's own time-out, or a checkpoint, comes first
-LAST_WORDS_SECONDS = 3.0
-STORE_SECONDS = 2.0  # an answer that takes longer does not come
-STOP_SECONDS = 10.0  # from a stop signal to the next step boundary, beside three steps
+GRACE_SECONDS = 5.0  # beyond the time-out, so that the collective's own error, which says more, comes first
+LAST_WORDS_SECONDS = 3.0  # for `last_words`, which may write to a file system that hangs
+STORE_SECONDS = 2.0  # a store that has not answered by then is taken for dead
+STOP_SECONDS = 10.0  # from a stop signal to the next step boundary, on top of three steps' time
 
 
 class Watchdog:
-    """Two threads: one counts a heartbeat of this rank up in the store, one watches the main thread.
+    """Two threads: one counts up this rank's heartbeat in the store, the other watches the main thread.
 
-    A call to the store may hang with the process that keeps it, so the watching thread makes none.
+    A call to the store hangs if the process that keeps the store hangs. The thread that watches therefore makes none.
 
-    The main thread calls `tick` at each step boundary. From the second on (the first step may compile), a process
-    that has not ticked for timeout_seconds + GRACE_SECONDS leaves; after a stop signal, STOP_SECONDS and three
-    steps are enough.
+    The main thread calls `tick` at each step boundary. From the second tick on (the first step may compile, which
+    takes long), the process is ended with exit code 70 if it has not ticked for timeout_seconds + GRACE_SECONDS.
+    After a stop signal it is ended sooner, when STOP_SECONDS and the time of three steps have passed without a tick.
 
     Args:
         store: one that no other thread uses, since a store serves one call at a time.
@@ -37,6 +37,7 @@ class Watchdog:
 
     Attributes:
         silent: the ranks that the last `who_is_silent` named.
+        last_words: called with the reason, from the watching thread, before the process is ended; set by the owner.
     """
 
     def __init__(
@@ -49,18 +50,18 @@ class Watchdog:
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout_seconds, self._stop_requested = timeout_seconds, stop_requested
-        self._last_tick: float | None = None  # None: not armed
+        self._last_tick: float | None = None  # None while the main thread is not watched
         self._ticks = 0
         self._longest_step = 0.0
         self.silent: tuple[int, ...] = ()
         self._stop_seen: float | None = None
-        self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended
+        self.last_words: Callable[[str], None] = lambda reason: None
         self._leave = threading.Event()
         for target in (self._beat, self._watch):
             threading.Thread(target=target, daemon=True, name="watchdog").start()
 
     def tick(self) -> None:
-        """The main thread is at a step boundary; from here on it is watched."""
+        """The main thread is at a step boundary. From the second one on it is watched."""
         now = time.monotonic()
         if self._last_tick is not None:
             self._longest_step = max(self._longest_step, now - self._last_tick)
@@ -68,14 +69,15 @@ class Watchdog:
         self._ticks += 1
 
     def arm(self) -> None:
-        """What follows must end within the time-out, until `disarm`."""
+        """Watch the main thread from now on: within the time-out it must call `tick` or `disarm`."""
         self._last_tick = time.monotonic()
 
     def disarm(self) -> None:
-        """What follows may take as long as it likes."""
+        """Stop watching the main thread: what it does next may take as long as it likes."""
         self._last_tick = None
 
     def close(self) -> None:
+        """End both threads; this rank's heartbeat stops."""
         self._leave.set()
 
     def who_is_silent(self) -> str:
@@ -122,6 +124,7 @@ class Watchdog:
                 self._end(reason)
 
     def _stuck(self) -> str:
+        """Why this process is to be ended, or ""."""
         if self._stop_requested() and self._stop_seen is None:
             self._stop_seen = time.monotonic()
         last_tick = self._last_tick
@@ -136,7 +139,7 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         reason += f"; {self.who_is_silent()}"
-        # On a file system that hangs, too, this process is to end.
+        # They come from a thread, because this process must end even if they hang with the file system.
         words = threading.Thread(target=self.last_words, args=(reason,), daemon=True)
         words.start()
         words.join(LAST_WORDS_SECONDS)
