@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, cluster_of
+from cluster import PROJECT, Cluster, cluster_of, local_cluster, why_no_slurm
 
 from launch.local_cluster.description import load
 from launch.local_cluster.processes import all_pids, command_of, environment_of
@@ -47,3 +53,32 @@ def test_a_node_crashes_and_comes_back_and_down_leaves_nothing(tmp_path: Path, m
             assert str(description.state) not in Path(path).read_text()
         assert list(Path("/run/netns").glob(f"{description.identity.prefix}*")) == []
         assert not Path(f"/sys/class/net/{description.identity.prefix}h").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="the process just ends, and its cluster runs on")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_drill_that_is_stopped_takes_its_cluster_down(tmp_path: Path, stop: signal.Signals) -> None:
+    if lack := why_no_slurm():
+        pytest.skip(lack)
+    log, found = tmp_path / "log", None
+    argv = [sys.executable, "-u", str(PROJECT / "slurm" / "local-cluster"), "drill", "configs/quickstart.yaml"]
+    with log.open("wb") as file:
+        drill = subprocess.Popen(argv, cwd=PROJECT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.match(r"up in .*; now: \. (.*)/env.sh\n", log.read_text())):
+            assert drill.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        state = Path(found[1])
+        drill.send_signal(stop)
+        assert drill.wait(60) == 128 + stop
+        assert not state.parent.exists()
+        assert str(state) not in Path("/proc/mounts").read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        drill.kill()
+        drill.wait(30)
+        if found:
+            local_cluster(Path(found[1]), "down")
+            shutil.rmtree(Path(found[1]).parent, ignore_errors=True)
