@@ -29,13 +29,16 @@ by PID namespace, or by a cgroup of its own; never by name. `up` starts afresh.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from .cluster import LocalCluster, bring_up, find_cluster
 from .drill import rehearse
@@ -50,11 +53,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     arguments.state = arguments.state.resolve()
     try:
-        code: int = arguments.obey(arguments)
+        with _exit_at_stop_signals():
+            code: int = arguments.obey(arguments)
     except LocalClusterError as error:
         print(error, file=sys.stderr)
         return 1
     return code
+
+
+@contextlib.contextmanager
+def _exit_at_stop_signals() -> Iterator[None]:
+    """Let the first stop signal end the program by an exception, so that half a cluster is taken down on the way out.
+
+    Further ones are ignored meanwhile. One that was ignored from the start, such as SIGHUP under nohup, stays so.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    stop_signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {each: signal.getsignal(each) for each in stop_signals if signal.getsignal(each) != signal.SIG_IGN}
+    try:
+        for each in before:
+            signal.signal(each, leave)
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _up(arguments: argparse.Namespace) -> int:

@@ -141,7 +141,10 @@ class RecordedProcesses:
         return pid
 
     def is_alive(self, name: str) -> bool:
-        return name in self._recorded and start_time(self.pid(name)) == self._recorded[name]["start"]
+        if name not in self._recorded:
+            return False
+        recorded = self._recorded[name]["start"]  # None: it ended before we could look
+        return recorded is not None and start_time(self.pid(name)) == recorded
 
     def start(
         self, name: str, argv: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None

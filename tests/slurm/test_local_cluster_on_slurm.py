@@ -55,7 +55,6 @@ def test_a_node_crashes_and_comes_back_and_down_leaves_nothing(tmp_path: Path, m
         assert not Path(f"/sys/class/net/{description.identity.prefix}h").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the process just ends, and its cluster runs on")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_drill_that_is_stopped_takes_its_cluster_down(tmp_path: Path, stop: signal.Signals) -> None:
     if lack := why_no_slurm():
