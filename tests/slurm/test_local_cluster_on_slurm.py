@@ -61,8 +61,13 @@ def test_a_drill_that_is_stopped_takes_its_cluster_down(tmp_path: Path, stop: si
         pytest.skip(lack)
     log, found = tmp_path / "log", None
     argv = [sys.executable, "-u", str(PROJECT / "slurm" / "local-cluster"), "drill", "configs/quickstart.yaml"]
+
+    def heed() -> None:
+        """Also where the tests run under nohup or in the background, which ignore SIGHUP or SIGINT."""
+        signal.signal(stop, signal.SIG_DFL)
+
     with log.open("wb") as file:
-        drill = subprocess.Popen(argv, cwd=PROJECT, stdout=file, stderr=file, start_new_session=True)
+        drill = subprocess.Popen(argv, cwd=PROJECT, stdout=file, stderr=file, start_new_session=True, preexec_fn=heed)
     try:
         deadline = time.monotonic() + 60
         while not (found := re.match(r"up in .*; now: \. (.*)/env.sh\n", log.read_text())):
