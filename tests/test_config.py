@@ -487,6 +487,16 @@ def test_every_key_says_what_it_is_for() -> None:
     assert all(len(item.help) > 3 for item in keys().values())
 
 
+def test_number_of_channels_may_be_written_as_a_number(tmp_path: Path) -> None:
+    assert Config().data.channels == "auto"
+    config = from_text(tmp_path, "data: {channels: 1}\n")
+    assert config.data.channels == load_config(overrides=["data.channels=1"]).data.channels == "1"
+    assert from_text(tmp_path, to_yaml(config)) == config
+    assert changes(Config(), config)[0] == ["data.channels: auto -> 1"], "it shapes what is learned"
+    for text in ("2", "true", "1.0", "null"):
+        assert "data.channels" in refusal(f"data.channels={text}")
+
+
 # The number of loader processes
 
 

@@ -53,6 +53,9 @@ class DataConfig:
     download: bool = key(True, "fetch the data set into data.root if it is not there", free=True)
     batch_size: int = key(128, "images per step over ALL ranks", minimum=1)
     image_size: int | None = key(None, "height and width (folder only: resize, then centre crop)", minimum=4)
+    channels: Literal["auto", "1", "3"] = key(
+        "auto", "1: grey, 3: RGB (auto: as the images are; a folder is grey if each of its pictures is, at step 0)"
+    )
     flip: bool = key(False, "mirror images left-right with probability 1/2")
     num_workers: int | None = key(
         None, "loader processes per rank (null: 0 for sets held in memory, 2 for folders)", minimum=0, free=True

@@ -46,29 +46,29 @@ class DataSet:
     """One line of the table.
 
     Attributes:
-        load: the images that a section `data` of the config describes.
+        load: the images that a section `data` of the config describes, with so many channels (None: as they are).
         files: the files that it consists of, relative to data.root; none if it is never fetched.
     """
 
-    load: Callable[[DataConfig], Images]
+    load: Callable[[DataConfig, int | None], Images]
     files: Callable[[], list[Path]] = list
 
 
-def _idx(data: DataConfig) -> Images:
-    return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None])
+def _idx(data: DataConfig, channels: int | None) -> Images:
+    return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None], channels)
 
 
-def _cifar10(data: DataConfig) -> Images:
-    return ImagesInMemory(read_cifar10(Path(data.root)))
+def _cifar10(data: DataConfig, channels: int | None) -> Images:
+    return ImagesInMemory(read_cifar10(Path(data.root)), channels)
 
 
-def _mnist5k(data: DataConfig) -> Images:
-    return ImagesInMemory(read_mnist5k())
+def _mnist5k(data: DataConfig, channels: int | None) -> Images:
+    return ImagesInMemory(read_mnist5k(), channels)
 
 
-def _folder(data: DataConfig) -> Images:
+def _folder(data: DataConfig, channels: int | None) -> Images:
     assert data.image_size is not None, "the config is refused without it"
-    return ImageFolder(Path(data.root), data.image_size)
+    return ImageFolder(Path(data.root), data.image_size, channels)
 
 
 IDX_FILES = {
@@ -99,19 +99,24 @@ def prepare(data: DataConfig) -> None:
             download_once(data.name, root)
 
 
-def load(data: DataConfig, *, divisor: int = 4) -> Images:
+def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor: int = 4) -> Images:
     """The training images.
 
     Args:
         data: the section `data` of the config.
+        image_shape: (C, H, W) of the run that is resumed, as its contract has it: what data.channels=auto meant at
+            step 0. None for a run that starts now.
         divisor: height and width must be multiples of this, for the network.
 
     Raises:
         DataError: names the file that is missing, truncated or not an image; or there are fewer images than one
             step needs; or the network cannot take images of this size.
     """
+    channels = None if image_shape is None else image_shape[0]
+    if data.channels != "auto":
+        channels = int(data.channels)
     with _errors_of_the_file_system(data):
-        images = DATASETS[data.name].load(data)
+        images = DATASETS[data.name].load(data, channels)
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "

@@ -17,30 +17,36 @@ from ddpm_dist.config import DataConfig, loader_workers
 from ddpm_dist.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+DEEP_GREY_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}  # Pillow's names for grey of more than 8 bits
+GREY_MODES = {"1", "L", "LA", "La", *DEEP_GREY_MODES}
 
 
 class ImageFolder:
-    """Every picture below a folder, in the order of their names: RGB, resized, centre-cropped, read when asked for.
+    """Every picture below a folder, in the order of their names: resized, centre-cropped, read when asked for.
 
     The fingerprint covers the names and sizes of the files, not their pixels.
 
     Args:
         root: the folder.
         image_size: height and width in pixels.
+        channels: 3 for RGB, 1 for grey; None for grey if each picture is grey by the header of its file, else RGB.
 
     Raises:
-        DataError: there is no such folder, or no picture in it.
+        DataError: there is no such folder, or no picture in it, or a file has no header that could be read.
     """
 
     num_workers = loader_workers(DataConfig(name="folder"))
 
-    def __init__(self, root: Path, image_size: int) -> None:
+    def __init__(self, root: Path, image_size: int, channels: int | None = 3) -> None:
         if not root.is_dir():
             raise DataError(f"data.root={root}: no such folder")
         self._files = _picture_files(root)
         if not self._files:
             raise DataError(f"data.root={root}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
-        self.shape = (3, image_size, image_size)
+        if channels is None:  # ends at the first picture with colours, so that only grey folders take a while
+            channels = 1 if all(map(_is_grey, self._files)) else 3
+        self._mode = {1: "L", 3: "RGB"}[channels]
+        self.shape = (channels, image_size, image_size)
         listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in self._files)
         self.fingerprint = hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()
 
@@ -60,9 +66,15 @@ class ImageFolder:
 
         size = self.shape[1]
         with _errors_name(path), Image.open(path) as file:
-            small = functional.resize(_as_shown(file).convert("RGB"), [size], antialias=True)
+            small = functional.resize(_as_shown(file).convert(self._mode), [size], antialias=True)
             pixels: Tensor = functional.pil_to_tensor(functional.center_crop(small, [size, size]))
             return pixels
+
+
+def _is_grey(path: Path) -> bool:
+    """Reads the header only; a palette counts as colour, and so does WebP, which knows no grey."""
+    with _errors_name(path), Image.open(path) as file:
+        return file.mode in GREY_MODES
 
 
 def _as_shown(file: ImageFile.ImageFile) -> Image.Image:
@@ -74,7 +86,7 @@ def _as_shown(file: ImageFile.ImageFile) -> Image.Image:
     file.load()
     turn = _turn(file)
     image: Image.Image = file
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode in DEEP_GREY_MODES:
         image = _grey_of_16_bits(file)
     if image.has_transparency_data:
         colours = image.convert("RGBA")
@@ -103,7 +115,7 @@ def _turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
 
 def _grey_of_16_bits(file: ImageFile.ImageFile) -> Image.Image:
     """Grey values of 16 bits rounded to 8, and white where they are the transparent one."""
-    if not file.mode.startswith("I;16") and (file.mode, file.format) != ("I", "PNG"):  # as older Pillows call it
+    if file.mode in ("I", "F") and (file.mode, file.format) != ("I", "PNG"):  # what older versions of Pillow say
         raise ValueError(f"grey of mode {file.mode}, whose white is unknown; save it with 8 or 16 bits")
     grey = np.asarray(file).astype(np.uint32)
     shown = np.where(grey == file.info.get("transparency"), 65535, grey)

@@ -23,12 +23,15 @@ class ImagesInMemory:
     """Images as one array, held or memory-mapped (the ranks of a node then share its pages).
 
     Args:
-        array: uint8 [N, C, H, W] in [0, 255].
+        array: uint8 [N, C, H, W] in [0, 255], C 1 (grey) or 3 (RGB).
+        channels: convert them to 1 or 3 channels; None leaves them as they are.
     """
 
     num_workers = loader_workers(DataConfig(name="mnist"))
 
-    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, array: npt.NDArray[np.uint8], channels: int | None = None) -> None:
+        if channels is not None and channels != array.shape[1]:
+            array = _in_colour(array) if channels == 3 else _in_grey(array)
         self._array = array
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
         digest = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
@@ -41,6 +44,20 @@ class ImagesInMemory:
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W] in [0, 255], a copy."""
         return torch.from_numpy(self._array[np.asarray(indices)])
+
+
+def _in_colour(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[N, 1, H, W] -> [N, 3, H, W], a view: a memory-mapped file stays one."""
+    count, _, height, width = grey.shape
+    return np.broadcast_to(grey, (count, 3, height, width))
+
+
+def _in_grey(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[N, 3, H, W] -> [N, 1, H, W]: the luma of ITU-R BT.601 in whole numbers, as Pillow rounds it."""
+    luma = np.full_like(colours[:, :1], 2**15, dtype=np.uint32)
+    for channel, weight in enumerate((19595, 38470, 7471)):  # 0.299, 0.587, 0.114 times 2**16
+        luma += colours[:, channel : channel + 1] * np.uint32(weight)
+    return (luma >> 16).astype(np.uint8)
 
 
 def read_idx_images(path: Path) -> npt.NDArray[np.uint8]:

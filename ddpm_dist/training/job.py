@@ -107,9 +107,10 @@ class Job:
                 print(f"{self.directory.path} is finished: step {start.saved_step} reached its target; nothing to do")
             return ExitCode.FINISHED
         ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
-        images = ranks.all_succeed(lambda: datasets.load(config.data))
-        target = self.starter.target(len(images))
         checkpoint = ranks.all_succeed(lambda: self.starter.load(start))
+        image_shape = checkpoint.contract["image_shape"] if checkpoint else None
+        images = ranks.all_succeed(lambda: datasets.load(config.data, image_shape))
+        target = self.starter.target(len(images))
         contract = ranks.on_rank_zero(
             lambda should_stop: self.starter.contract(images, target, checkpoint, ranks.device)
         )

@@ -176,6 +176,57 @@ def test_images_that_the_unet_cannot_halve_twice_are_refused(tmp_path: Path) -> 
     refused(lambda: load(data), "multiples of 4")
 
 
+# Channels
+
+
+@pytest.fixture
+def grey_and_coloured(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Two sets in memory, "grey" and "coloured", and their pixels."""
+    sets = {"grey": random_pixels(4, 1, 8, 12), "coloured": random_pixels(4, 3, 8, 12)}
+    for name, pixels in sets.items():
+        monkeypatch.setitem(DATASETS, name, DataSet(lambda data, channels, p=pixels: ImagesInMemory(p, channels)))
+    return sets
+
+
+@pytest.mark.parametrize("name", ["grey", "coloured"])
+@pytest.mark.parametrize("channels", ["auto", "1", "3"])
+def test_set_in_memory_has_the_channels_that_are_asked_for(
+    grey_and_coloured: dict[str, np.ndarray], name: Any, channels: Any
+) -> None:
+    pixels = grey_and_coloured[name]
+    images = load(DataConfig(name=name, batch_size=4, channels=channels))
+    wanted = pixels.shape[1] if channels == "auto" else int(channels)
+    pictures = [Image.fromarray(picture.transpose(1, 2, 0).squeeze()) for picture in pixels]
+    expected = [np.asarray(picture.convert({1: "L", 3: "RGB"}[wanted])) for picture in pictures]
+    fetched = images.fetch(range(4))
+    assert images.shape == (wanted, 8, 12)
+    assert (fetched.dtype, fetched.shape) == (torch.uint8, (4, wanted, 8, 12))
+    np.testing.assert_array_equal(fetched.permute(0, 2, 3, 1).numpy(), np.reshape(expected, (4, 8, 12, wanted)))
+    fetched.zero_()
+    assert images.fetch([3]).any(), "a batch is a copy"
+
+
+def test_conversion_of_channels_changes_the_fingerprint(grey_and_coloured: dict[str, np.ndarray]) -> None:
+    for name, other in (("grey", "3"), ("coloured", "1")):
+        data = DataConfig(name=name, batch_size=4)  # type: ignore[arg-type]
+        as_it_is = load(data).fingerprint
+        assert ImagesInMemory(grey_and_coloured[name]).fingerprint == as_it_is
+        assert load(replace(data, channels="1" if other == "3" else "3")).fingerprint == as_it_is
+        assert load(replace(data, channels=other)).fingerprint != as_it_is  # type: ignore[arg-type]
+
+
+def test_what_auto_meant_at_step_0_holds_when_a_run_is_resumed(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    data = DataConfig(name="folder", root=str(tmp_path), image_size=8, batch_size=1)
+    assert load(data).shape == load(data, (1, 8, 8)).shape == (1, 8, 8)
+    assert load(data, (3, 8, 8)).shape == (3, 8, 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    assert load(data).shape == load(data, (3, 8, 8)).shape == (3, 8, 8)
+    assert load(data, (1, 8, 8)).shape == (1, 8, 8)
+    assert load(replace(data, channels="3")).shape == (3, 8, 8)
+    assert load(replace(data, channels="1")).shape == (1, 8, 8)
+
+
 # CIFAR-10
 
 
@@ -274,8 +325,8 @@ def test_every_name_that_the_config_knows_is_in_the_table() -> None:
 def test_a_new_data_set_is_one_function_and_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = random_pixels(6, 3, 8, 8)
 
-    def load_mine(data: DataConfig) -> ImagesInMemory:
-        return ImagesInMemory(pixels)
+    def load_mine(data: DataConfig, channels: int | None) -> ImagesInMemory:
+        return ImagesInMemory(pixels, channels)
 
     monkeypatch.setitem(DATASETS, "mine", DataSet(load_mine))
     data = DataConfig(name="mine", batch_size=2)  # type: ignore[arg-type]
@@ -285,9 +336,7 @@ def test_a_new_data_set_is_one_function_and_one_line_of_the_table(monkeypatch: p
 
 def test_missing_files_of_a_new_data_set_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [Path("mine/a"), Path("mine/b")]
-    monkeypatch.setitem(
-        DATASETS, "mine", DataSet(lambda data: ImagesInMemory(random_pixels(2, 1, 4, 4)), lambda: files)
-    )
+    monkeypatch.setitem(DATASETS, "mine", DataSet(lambda *_: ImagesInMemory(random_pixels(2, 1, 4, 4)), lambda: files))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a").touch()
     data = DataConfig(name="mine", root=str(tmp_path), batch_size=2, download=False)  # type: ignore[arg-type]

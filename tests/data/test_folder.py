@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from harness import state_differences, train
 from PIL import Image
 
 from ddpm_dist.data.folder import ImageFolder
@@ -389,3 +393,84 @@ def test_picture_whose_exif_is_damaged_or_senseless_is_shown_as_it_lies(tmp_path
     expected = read(tmp_path / "0.jpg")
     Image.fromarray(pixels).save(tmp_path / "0.jpg", exif=damaged, quality=100)
     np.testing.assert_array_equal(read(tmp_path / "0.jpg"), expected)
+
+
+# Grey or RGB
+
+
+def save_grey_pictures(folder: Path) -> None:
+    """One of each kind that is grey by its header."""
+    grey = Image.fromarray(random_pixels(16, 16))
+    grey.save(folder / "a.png")
+    grey.save(folder / "b.jpg")
+    grey.save(folder / "c.bmp")
+    grey.convert("1").save(folder / "d.png")
+    grey.convert("LA").save(folder / "e.png")
+    (folder / "f.png").write_bytes(png(random_pixels(16, 16, 1).astype(int) * 256, 16, 0))
+
+
+def test_folder_of_grey_pictures_stays_grey_and_one_with_a_coloured_picture_is_rgb(tmp_path: Path) -> None:
+    save_grey_pictures(tmp_path)
+    as_rgb, as_grey = ImageFolder(tmp_path, 16, 3), ImageFolder(tmp_path, 16, None)
+    assert (as_rgb.shape, as_grey.shape) == ((3, 16, 16), (1, 16, 16))
+    torch.testing.assert_close(as_grey.fetch(range(6)).expand(-1, 3, -1, -1), as_rgb.fetch(range(6)), rtol=0, atol=0)
+    assert as_grey.fingerprint == as_rgb.fingerprint
+    for mode in ("RGB", "P", "RGBA"):
+        Image.new(mode, (16, 16)).save(tmp_path / "z.png")
+        assert ImageFolder(tmp_path, 16, None).shape == (3, 16, 16)
+
+
+def test_coloured_pictures_become_grey_where_one_channel_is_asked_for(tmp_path: Path) -> None:
+    pixels = random_pixels(16, 16, 3)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    grey = ImageFolder(tmp_path, 16, 1).fetch([0])
+    assert grey.shape == (1, 1, 16, 16)
+    np.testing.assert_allclose(grey[0, 0], pixels @ [0.299, 0.587, 0.114], atol=0.51)
+
+
+def test_only_a_folder_that_may_be_grey_is_looked_at_file_by_file(tmp_path: Path) -> None:
+    """A damaged file is found at the start there; elsewhere when its turn comes."""
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"garbage")
+    refused(lambda: ImageFolder(tmp_path, 8, None), tmp_path / "b.png")
+    for channels in (1, 3):
+        assert len(ImageFolder(tmp_path, 8, channels)) == 2
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert ImageFolder(tmp_path, 8, None).shape[0] == 3
+
+
+def forget_the_key(run: Path) -> None:
+    """Make a run of an older version of this one: neither its config nor its checkpoint knows data.channels."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["data"]["channels"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (path,) = (run / "checkpoints").glob("*.pt")
+    values = torch.load(path, weights_only=True)
+    del values["config"]["data.channels"]
+    torch.save(values, path)
+    manifest = path.with_suffix(".json")
+    facts = json.loads(manifest.read_text())
+    facts |= {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(facts))
+
+
+def test_run_of_an_older_version_on_grey_pictures_goes_on_in_rgb(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(8):
+        Image.fromarray(random_pixels(8, 8, seed=number)).save(pictures / f"{number}.png")
+    folder = ("data.name=folder", f"data.root={pictures}", "data.image_size=8", "data.num_workers=0")
+    undisturbed = train(1, tmp_path, *folder, "train.max_steps=4", "data.channels=3", name="undisturbed")
+    old = train(1, tmp_path, *folder, "train.max_steps=2", "data.channels=3", name="old")
+    forget_the_key(old)
+    train(1, tmp_path, *folder, "train.max_steps=4", name="old")
+    assert state_differences(undisturbed, old) == []
+    assert contract_of(old)["image_shape"] == [3, 8, 8]
+    new = train(1, tmp_path, *folder, "train.max_steps=2", name="new")
+    assert contract_of(new)["image_shape"] == [1, 8, 8]
+
+
+def contract_of(run: Path) -> dict[str, Any]:
+    manifests = sorted((run / "checkpoints").glob("*.json"))
+    contract: dict[str, Any] = json.loads(manifests[-1].read_text())["contract"]
+    return contract
