@@ -1,4 +1,4 @@
-"""Fetching a data set once, whoever else tries at the same moment."""
+"""Fetching a data set, safely if several jobs do so at the same time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ddpm_dist.errors import DataError
 
 
 def download_once(name: str, root: Path) -> None:
-    """Fetch into a folder of our own, checked by torchvision's checksums, then move file by file into place.
+    """Fetch a data set into a private folder, checked by torchvision's checksums, then move its files into place.
 
-    Each move is a rename, so that a reader, another rank, node or job sees a whole file or none, and
-    whoever comes second replaces a file by an equal one.
+    Each move is a rename: a reader on any rank or node sees a whole file or none, and a second job that fetches
+    at the same time replaces each file by an equal one.
 
     Args:
         name: "mnist", "fashion-mnist" or "cifar10".
