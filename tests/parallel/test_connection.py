@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from rank_processes import connect, run_ranks
+from torch._C._distributed_c10d import HashStore
 
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.parallel import connection
 from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import RankEnvironment
 
@@ -44,6 +47,18 @@ def test_without_cuda_auto_means_cpu_and_cuda_is_refused(monkeypatch: pytest.Mon
 
 
 # Meeting and leaving
+
+
+def test_ranks_that_torchrun_restarts_do_not_read_what_those_before_them_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store outlives the ranks."""
+    store = HashStore()
+    monkeypatch.setattr(connection, "rendezvous", lambda url, timeout: iter([(store, 0, 2)]))
+    env, timeout = RankEnvironment(0, 0, 2, 2, "torchrun"), timedelta(seconds=30)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    connection._meet(env, timeout).set("failure", "rank 1 had no images")
+    assert connection._meet(env, timeout).check(["failure"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not connection._meet(env, timeout).check(["failure"])
 
 
 def nodes_of_their_own() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from rank_processes import connect, run_ranks
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
+from ddpm_dist.parallel import watchdog
 from ddpm_dist.parallel.connection import Connection
 from ddpm_dist.parallel.failures import RankLost, RankZeroFailed
 from ddpm_dist.parallel.rank_zero import Pulse, RankZeroWork
@@ -219,6 +221,28 @@ def test_work_that_was_cut_short_is_no_failure() -> None:
     outcomes, rooms = on_threads(2, lambda room, rank: room.do(stop))
     assert [type(outcome) for outcome in outcomes] == [StopRequested] * 2
     assert [room.failure_is_shared for room in rooms] == [False] * 2
+
+
+class Toothless(Watchdog):
+    """A watchdog that notes why it would have ended the process."""
+
+    def _end(self, reason: str) -> None:
+        self.silent = (self._rank,)
+
+
+def test_no_watchdog_is_armed_while_rank_zero_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.05)
+    store = HashStore()
+    dog = Toothless(PrefixStore("watchdog", store), 0, 1, 0.3, never)
+    room = RankZeroWork(dataclasses.replace(connection(store, 0, 1), watchdog=dog), never)
+    dog.arm()
+    room.do(lambda should_stop: time.sleep(1))
+    assert dog.silent == ()
+    dog.arm()
+    time.sleep(1)
+    assert dog.silent == (0,), "it would have bitten"
+    dog.close()
 
 
 def test_each_rank_keeps_what_its_own_work_returned() -> None:
