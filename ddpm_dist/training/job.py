@@ -187,11 +187,7 @@ class Job:
         return Loop(
             trainer=self.trainer,
             batches=iterate(
-                batches,
-                self.trainer.step,
-                self.attempt.target,
-                num_workers,
-                pin_memory=ranks.device.type == "cuda",
+                batches, self.trainer.step, self.attempt.target, num_workers, pin_memory=ranks.device.type == "cuda"
             ),
             steps_per_epoch=batches.steps_per_epoch,
             contract=contract,
