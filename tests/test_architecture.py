@@ -269,7 +269,7 @@ def test_imports_form_no_circle_even_inside_functions(level: str) -> None:
 
 def test_only_the_parallel_wing_touches_torch_distributed() -> None:
     """By import or as an attribute; torch.utils.data.distributed is a sampler, and knows no process group."""
-    forbidden = ("torch.distributed", "torch.nn.parallel")
+    forbidden = ("torch.distributed", "torch._C._distributed_c10d", "torch.nn.parallel")
     imported = {each.importer for each in all_imports() if within(each.imported, *forbidden)}
     named = {
         name

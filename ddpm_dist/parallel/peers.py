@@ -1,4 +1,7 @@
-"""The other ranks of a job, of which there may be none: the two ways in which `Ranks` does its work."""
+"""The two ways in which `Ranks` does its work: with no other ranks, and connected to them.
+
+Both classes have the same methods, which are described in `Ranks`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ class NoPeers:
 
 
 class ConnectedPeers:
-    """The other ranks, reached by collectives (tensors, votes) and through the store (all else)."""
+    """The other ranks, reached by collectives (tensors, votes) and through the store (all else).
+
+    Args: those of `Ranks`.
+    """
 
     def __init__(
         self,
