@@ -185,6 +185,20 @@ def test_flip_mirrors_about_half_of_the_images_left_right_only() -> None:
     assert all(0 < count < BATCH_SIZE for count in per_step), "an image at a time, not a batch at a time"
 
 
+def test_which_images_are_mirrored_differs_between_steps_shards_and_seeds() -> None:
+    def mirrored(batches: StepBatches, step: int) -> tuple[bool, ...]:
+        # The first row of every image is 0 .. 3, or 3 .. 0 once it is mirrored.
+        return tuple((batches[step].images[:, 0, 0, 0] != 0).tolist())
+
+    of_a_step = {mirrored(make(flip=True, seed=seed), step) for seed in range(3) for step in range(20)}
+    assert len(of_a_step) > 50
+    per_shard = BATCH_SIZE // NUM_SHARDS
+    of_a_shard = [mirrored(make(flip=True), step) for step in range(20)]
+    for shard in range(1, NUM_SHARDS):
+        parts = slice(shard * per_shard, (shard + 1) * per_shard)
+        assert any(flips[parts] != flips[:per_shard] for flips in of_a_shard)
+
+
 def test_without_flip_no_image_is_mirrored() -> None:
     batches = make()
     for step in range(12):

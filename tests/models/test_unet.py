@@ -125,6 +125,17 @@ def test_forward_equals_the_reference_written_again(image_channels: int) -> None
     assert expected.std() > 0.01
 
 
+def test_gradients_equal_those_of_the_reference_written_again() -> None:
+    """A path that carries the forward pass alone would change no output, and only slow down what is learned."""
+    model, (x, t) = network(), inputs()
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    (model(x, t) * direction).sum().backward()
+    (reference_forward(weights, x, t, 32) * direction).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_prediction_depends_on_the_timestep() -> None:
     model, (x, _) = network(), inputs()
     early, late = (model(x, torch.full((len(x),), t)) for t in (0, 900))

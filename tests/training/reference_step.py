@@ -16,7 +16,7 @@ def global_batch(images: Tensor, r: Any, step: int) -> list[Tensor]:
     shards, b, epoch_length = [], r.batch_size // r.shards, len(images) // r.batch_size
     for shard in range(r.shards):
         numbers: Any = range(len(images))
-        order = DistributedSampler(numbers, r.shards, shard, seed=derive_seed(r.seed, "order"), drop_last=True)
+        order: Any = DistributedSampler(numbers, r.shards, shard, seed=derive_seed(r.seed, "order"), drop_last=True)
         order.set_epoch(step // epoch_length)
         x = images[list(order)[step % epoch_length * b :][:b]]
         if r.flip:
