@@ -183,8 +183,12 @@ def test_images_that_the_unet_cannot_halve_twice_are_refused(tmp_path: Path) -> 
 def grey_and_coloured(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Two sets in memory, "grey" and "coloured", and their pixels."""
     sets = {"grey": random_pixels(4, 1, 8, 12), "coloured": random_pixels(4, 3, 8, 12)}
-    for name, pixels in sets.items():
-        monkeypatch.setitem(DATASETS, name, DataSet(lambda data, channels, p=pixels: ImagesInMemory(p, channels)))
+
+    def load_one(data: DataConfig, channels: int | None) -> ImagesInMemory:
+        return ImagesInMemory(sets[data.name], channels)
+
+    for name in sets:
+        monkeypatch.setitem(DATASETS, name, DataSet(load_one))
     return sets
 
 

@@ -355,7 +355,8 @@ def test_cifar10_whose_fetching_was_killed_between_two_files_is_completed(
     class Killed(BaseException):
         pass
 
-    real, moved = os.replace, []
+    real = os.replace
+    moved: list[Path] = []
 
     def replace(source: Path, target: Path) -> None:
         if len(moved) == 4:
