@@ -21,8 +21,8 @@ def never() -> bool:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(module, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "STORE_SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("quick")
@@ -38,7 +38,7 @@ def test_ranks_whose_heartbeat_stands_still_are_named() -> None:
     assert dogs[0].who_is_silent() == "every rank gives signs of life"
     assert dogs[0].silent == ()
     dogs[1].close()
-    time.sleep(0.3)
+    time.sleep(0.6)
     assert dogs[0].who_is_silent() == "silent: rank 1"
     for dog in dogs:
         dog.close()
@@ -55,7 +55,7 @@ class BrokenStore:
 
 
 def hang() -> int:
-    time.sleep(3)
+    time.sleep(15)
     return 0
 
 
@@ -70,7 +70,7 @@ def test_a_store_that_does_not_answer_is_what_is_said(answer: Callable[[], int],
     dog = Watchdog(store, 1, 2, 60.0, never)
     begun = time.monotonic()
     assert said in dog.who_is_silent()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     dog.close()
 
 
@@ -151,9 +151,7 @@ def stopped() -> int:
 def test_a_process_that_hangs_is_ended_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], function: Callable[[], int], said: str
 ) -> None:
-    begun = time.monotonic()
-    assert run_ranks(tmp_path, 1, function) == [70]
-    assert time.monotonic() - begun < 20
+    assert run_ranks(tmp_path, 1, function) == [70], "left alone it would end with 0, half a minute later"
     output = capsys.readouterr().out
     assert "error: rank 0: no step ended" in output
     assert said in output
