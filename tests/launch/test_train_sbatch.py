@@ -163,7 +163,6 @@ def test_a_successor_asks_for_what_this_job_has(node: Node, shown: str, asked: s
     assert call.endswith(f"[{PROJECT}/slurm/train.sbatch][{CONFIG}]")
 
 
-@pytest.mark.xfail(strict=True, reason="a GPU job gets one core a node, and nobody says so")
 @pytest.mark.parametrize(
     ("gpus", "cores", "nodes", "option"),
     [
@@ -193,7 +192,6 @@ def test_nothing_is_told_where_there_is_nothing_to_add(node: Node, gpus: str, co
     assert "warning" not in node.start(SLURM_JOB_CPUS_PER_NODE=cores, SLURM_GPUS_ON_NODE=gpus).stderr
 
 
-@pytest.mark.xfail(strict=True, reason="srun kills 120 s after the first death, the watchdog speaks after 125 s")
 def test_srun_waits_as_long_as_the_config_says(node: Node) -> None:
     node.script("python", f'exec {sys.executable} "$@"')
     node.start()
@@ -202,7 +200,6 @@ def test_srun_waits_as_long_as_the_config_says(node: Node) -> None:
     assert int(wait) > 150
 
 
-@pytest.mark.xfail(strict=True, reason="every rank dies of it, three times")
 def test_a_python_without_torch_is_refused_in_one_line(node: Node) -> None:
     hidden = node.root / "hidden"
     hidden.mkdir()
@@ -215,7 +212,6 @@ def test_a_python_without_torch_is_refused_in_one_line(node: Node) -> None:
     assert (node.calls("srun"), node.requeues()) == ([], [])
 
 
-@pytest.mark.xfail(strict=True, reason="every rank dies of it, three times")
 def test_a_node_that_has_lost_torch_is_left(node: Node) -> None:
     node.python(f"echo {node.run}; echo torch=no")
     assert node.start(life=2).returncode != 0
