@@ -32,6 +32,7 @@ from launch.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUEUE = ROOT / "slurm" / "requeue.sh"
+LIFECYCLE = ROOT / "slurm" / "lifecycle.sh"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -231,6 +232,7 @@ def _setup(request: Request, runs: Sequence[Request]) -> list[str]:
         *request.setup,
         "set +e  # what fails is looked at afterwards",
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"source {shlex.quote(str(LIFECYCLE))}",
         f"requeue={shlex.quote(str(REQUEUE))}",
         f"runs=({shlex.join(str(run.config.directory.resolve()) for run in runs)})",
         "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}",
@@ -240,11 +242,9 @@ def _setup(request: Request, runs: Sequence[Request]) -> list[str]:
         "export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         "trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards",
         """trap 'bash "$requeue" told "$run"' TERM""",
-        "srun() {  # a signal ends wait, not srun",
+        "srun() {",
         '    command srun "$@" &',
-        "    local step=$!",
-        '    while kill -0 "$step" 2>/dev/null; do wait "$step"; done',
-        '    wait "$step"',
+        "    wait_through_signals $!",
         "}",
         'bash "$requeue" begin "$run" || exit',
     ]

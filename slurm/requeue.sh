@@ -1,53 +1,183 @@
 #!/usr/bin/env bash
-# What comes after a life of a SLURM job: nothing, or another life. Called in the batch shell of train.sbatch and of
-# launch.submit, outside any container: needs bash, sed, awk, coreutils and scontrol.
+# Decides what comes after an attempt: nothing more, or a restart of the job. The batch shells of train.sbatch and of
+# launch.submit call it, outside any container: it needs bash, sed, awk, coreutils and scontrol.
 #
-#   requeue.sh unstarted "" EXIT_CODE               where the trainer cannot even say which run it is
-#   requeue.sh begin RUN_DIR                        before the trainer starts; fails where a bound is reached
-#   requeue.sh told RUN_DIR                         when SIGTERM came, while the trainer saves
-#   requeue.sh end RUN_DIR EXIT_CODE COMMAND...     after it; COMMAND submits a successor where SLURM cannot requeue
+#   requeue.sh unstarted "" EXIT_CODE              if the trainer cannot even say which run it is
+#   requeue.sh begin RUN_DIR                       before the trainer starts; fails if the job has come back too often
+#   requeue.sh told RUN_DIR                        when SIGTERM has come, while the trainer saves
+#   requeue.sh end RUN_DIR EXIT_CODE COMMAND...    when the launcher has ended, with its exit code; COMMAND submits a
+#                                                  successor of the job if SLURM does not requeue it
 #
-# Reads status.json and $DDPM_EXIT_CODE_FILE; keeps RUN_DIR/slurm.log, a line for each beginning and end of a life.
-# MAX_REQUEUES (1000) and TOTAL_MINUTES (0: any) bound the lives, those of successors included (DDPM_CHAIN).
+# It reads status.json and $DDPM_EXIT_CODE_FILE, and keeps RUN_DIR/slurm.log: a line for each beginning and each end.
+# A job and its successors are a chain; the id of the first one, DDPM_CHAIN, names it. MAX_REQUEUES (1000) and
+# TOTAL_MINUTES (0: no bound) hold for the chain as a whole.
+# shellcheck source-path=SCRIPTDIR
 set -uo pipefail
-trap '' TERM INT HUP USR1 USR2 # SLURM ends the old life while this still works
-export SLURM_TIME_FORMAT=standard # for PreemptTime
+trap '' TERM INT HUP USR1 USR2 # SLURM signals this shell while it decides
+
+# shellcheck source=lifecycle.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lifecycle.sh" || exit
 
 action=$1 run=$2
 shift 2
-about="" state="" code="" died="" seconds=0
 log=$run/slurm.log
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-life=${SLURM_RESTART_COUNT:-0}
+job=$(job_id)
+restart=${SLURM_RESTART_COUNT:-0}
 chain=${DDPM_CHAIN:-$job}
+code=""      # rank 0's exit code; empty if it left none
+seconds=0    # that this attempt has lasted
+has_died=no  # whether this attempt died, where others were stopped
 deaths_allowed=3 stalls_allowed=20
 
-say() { echo "slurm: job $job, life $life: $*" >&2; }
-status() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$run/status.json" 2>/dev/null | head -n 1; }
-saved() { local step; step=$(status saved_step); echo "${step:-null}"; }
-of_job() { sed -n "s/^$1=//p" <<<"$about" | head -n 1; }
-# Nothing is written through a link out of run.root, which the trainer refuses. A full disk is no reason to stop.
-leads_out() { [ -L "$run" ] && [[ $(readlink -f "$run") != "$(readlink -f "$(dirname "$run")")"/* ]]; }
-write() {
-    ! leads_out && mkdir -p "$run" 2>/dev/null || return
-    { echo "time=$(date +%s) chain=$chain job=$job life=$life $*" >>"$log"; } 2>/dev/null
+say() { echo "slurm: job $job, restart $restart: $*" >&2; }
+
+# --- What the run says of itself
+
+of_status() { # KEY
+    sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$run/status.json" 2>/dev/null | head -n 1
 }
-# Sums and counts over the lines of this chain; $1 is the last awk rule.
-of_chain() {
+
+# The last step that is saved; null before there is one.
+saved_step() {
+    local step
+    step=$(of_status saved_step)
+    echo "${step:-null}"
+}
+
+# The exit code of rank 0: from status.json if this very attempt wrote it, else what it left when there was no run to
+# hold yet. Empty if it was killed and could leave none.
+exit_code() {
+    local left=""
+    if [ "$(of_status slurm_job)" = "$SLURM_JOB_ID" ] && [ "$(of_status slurm_restart)" = "$restart" ]; then
+        left=$(of_status exit_code)
+    fi
+    [ -n "${left#null}" ] || left=$(cat "${DDPM_EXIT_CODE_FILE:-/dev/null}" 2>/dev/null)
+    echo "${left#null}"
+}
+
+# --- slurm.log
+
+# The trainer refuses a run directory that is a link out of run.root, so nothing is written there.
+leads_out_of_root() {
+    [ -L "$run" ] && [[ $(readlink -f "$run") != "$(readlink -f "$(dirname "$run")")"/* ]]
+}
+
+# Adds a line. A disk that is full does not keep a job from coming back.
+write() { # KEY=VALUE...
+    ! leads_out_of_root && mkdir -p "$run" 2>/dev/null || return
+    { echo "time=$(date +%s) chain=$chain job=$job restart=$restart $*" >>"$log"; } 2>/dev/null
+}
+
+# One fact about the attempts of this chain:
+#   begun              how many have begun
+#   last               the last one that has begun, as JOB/RESTART
+#   last_began         when it began, in seconds since 1970; 0 if none has
+#   open_since         the same, but 0 if its end is known
+#   seconds            how long those that have ended lasted, all together
+#   fruitless, deaths  how many in a row saved nothing new, up to the last one that has ended; and how many of them died
+of_chain() { # FACT
     [ -f "$log" ] || { echo 0; return; }
-    awk -v chain="chain=$chain" '
+    awk -v chain="$chain" -v saved="$(saved_step)" -v wanted="$1" '
         function field(name,    i) {
             for (i = 1; i <= NF; i++) if (index($i, name "=") == 1) return substr($i, length(name) + 2)
             return ""
         }
-        $2 != chain { next }
-        '"$1" "$log"
+        field("chain") != chain { next }
+        { fact["open_since"] = 0; fact["seconds"] += field("seconds") }
+        field("event") == "begin" {
+            fact["begun"]++
+            # Lines of an earlier version call it life.
+            fact["last"] = field("job") "/" (field("restart") != "" ? field("restart") : field("life"))
+            fact["last_began"] = fact["open_since"] = field("time")
+            if (began_at_step != field("saved")) fact["fruitless"] = fact["deaths"] = 0
+            began_at_step = field("saved")
+        }
+        field("next") != "" { fact["fruitless"]++ }
+        field("died") != "" { fact["deaths"]++ }
+        END {
+            if (began_at_step != saved) fact["fruitless"] = fact["deaths"] = 0
+            print wanted in fact ? fact[wanted] : 0
+        }' "$log"
 }
 
-# What an earlier life could do is the fault of this node; what never worked would never work.
-unstarted() {
-    if [ "$life" -gt 0 ] && [ "$life" -lt "${MAX_REQUEUES:-1000}" ]; then
+# Whether the beginning of this attempt is in slurm.log.
+is_logged() { [ "$(of_chain last)" = "$job/$restart" ]; }
+
+# How many attempts in a row saved nothing new, not counting this one; or how many of them died. Where slurm.log cannot
+# be written, every restart counts.
+count_in_a_row() { # fruitless | deaths
+    if is_logged; then of_chain "$1"; else echo "$restart"; fi
+}
+
+# --- How an attempt can end
+
+stay_stopped() { # WHY EXIT_CODE
+    write "event=end code=${code:-none} saved=$(saved_step) seconds=$seconds next=none"
+    say "$1"
+    exit "$2"
+}
+
+# A run that saves nothing new however often it comes back would come back for ever.
+hold_stalls() { # WHY ATTEMPTS
+    [ "$2" -lt "$stalls_allowed" ] ||
+        stay_stopped "$1, and $2 attempts in a row saved nothing new: stays stopped" "${code:-1}"
+}
+
+# No further attempt beyond the user's bounds, whether SLURM orders it or this script. A slurm.log that cannot be
+# written knows of none, so the restarts of this job count too.
+hold_bounds() { # WHY ATTEMPTS_OF_THIS_JOB
+    local attempts used
+    attempts=$(of_chain begun)
+    [ "$attempts" -ge "$2" ] || attempts=$2
+    used=$((seconds + $(of_chain seconds)))
+    if [ "$attempts" -gt "${MAX_REQUEUES:-1000}" ]; then
+        stay_stopped "$1, but came back $((attempts - 1)) times already (MAX_REQUEUES): stays stopped" "${code:-1}"
+    fi
+    if [ "${TOTAL_MINUTES:-0}" -gt 0 ] && [ "$used" -ge $((TOTAL_MINUTES * 60)) ]; then
+        stay_stopped "$1, but has used its $TOTAL_MINUTES minutes (TOTAL_MINUTES): stays stopped" "${code:-1}"
+    fi
+}
+
+come_back() { # WHY COMMAND...
+    local why=$1 mark=""
+    shift
+    hold_bounds "$why" $((restart + 1))
+    hold_stalls "$why" $(($(count_in_a_row fruitless) + 1))
+    [ "$has_died" = no ] || mark=" died=1"
+    write "event=end code=${code:-none} saved=$(saved_step) seconds=$seconds next=again$mark"
+    say "$why: requeued"
+    if ! scontrol requeue "$job"; then
+        submit_successor "$@"
+    fi
+    exit "${code:-1}" # after scontrol requeue nothing here is sure to run any more
+}
+
+# The successor must not take this job's variables for its own.
+submit_successor() { # COMMAND...
+    local name
+    say "SLURM does not requeue it (PreemptMode=CANCEL or JobRequeue=0?): submits a successor"
+    for name in ${!SLURM_@}; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+    SBATCH_EXPORT=ALL DDPM_CHAIN=$chain "$@" ||
+        say "the successor could not be submitted (exit code $?); submit the run again by hand"
+}
+
+# What SLURM says of this attempt, and how long it has lasted.
+look() {
+    local began
+    for _ in {1..24}; do # the controller may be busy, or be restarted at this moment
+        ! ask_about_job || break
+        sleep 5
+    done
+    began=$(of_chain last_began)
+    seconds=$((began > 0 ? $(date +%s) - began : 0))
+}
+
+# --- The four actions
+
+# At a restart an earlier attempt has started the trainer elsewhere, so this node is to blame, and the job leaves it. At
+# the first start it is more likely that no node can start it, and coming back would not help.
+unstarted() { # EXIT_CODE
+    if [ "$restart" -gt 0 ] && [ "$restart" -lt "${MAX_REQUEUES:-1000}" ]; then
         say "${SLURMD_NODENAME:-this node} cannot start the trainer (exit code $1): requeued"
         scontrol requeue "$job"
     fi
@@ -55,155 +185,71 @@ unstarted() {
 }
 
 begin() {
-    # A life that SLURM or its node killed has left no end: it lasted until its last heartbeat.
-    local open since last
-    open=$(of_chain '{ event = field("event"); since = field("time") } END { print event == "begin" ? since : 0 }')
-    if [ "$open" -gt 0 ]; then
+    local since last
+    since=$(of_chain open_since)
+    if [ "$since" -gt 0 ]; then
+        # SLURM or the node killed the attempt before this one, so nobody wrote down its end: it lasted until its last
+        # heartbeat, and SLURM ordered the restart.
         last=$(stat -c %Y "$run"/attempts/*.json 2>/dev/null | sort -n | tail -n 1)
-        since=$((${last:-0} > open ? last - open : 0))
-        write "event=killed saved=$(saved) seconds=$since next=again" # SLURM has ordered the next one: this
+        write "event=killed saved=$(saved_step) seconds=$((${last:-0} > since ? last - since : 0)) next=again"
     fi
-    bound "requeued by SLURM" "$life"
-    write "event=begin saved=$(saved) nodes=$SLURM_JOB_NODELIST"
-    stalled "requeued by SLURM" "$(without_progress)"
+    hold_bounds "requeued by SLURM" "$restart"
+    write "event=begin saved=$(saved_step) nodes=$SLURM_JOB_NODELIST"
+    hold_stalls "requeued by SLURM" "$(count_in_a_row fruitless)"
 }
 
-# The exit code of rank 0: from status.json if this very life wrote it, else as left before there was a run to hold;
-# empty after a death without a word.
-exit_code() {
-    local code=""
-    if [ "$(status slurm_job)" = "$SLURM_JOB_ID" ] && [ "$(status slurm_restart)" = "$life" ]; then
-        code=$(status exit_code)
-    fi
-    [ -n "${code#null}" ] || code=$(cat "${DDPM_EXIT_CODE_FILE:-/dev/null}" 2>/dev/null)
-    echo "${code#null}"
-}
-
-# Lives in a row before this one that saved nothing new; $1=died: those of them that died. All where none is known.
-without_progress() {
-    is_logged || { echo "$life"; return; }
-    of_chain '
-        field("event") == "begin" { if (start != field("saved")) count = 0; start = field("saved") }
-        field("'"${1:-next}"'") != "" { count++ }
-        END { print (start == "'"$(saved)"'") ? count + 0 : 0 }'
-}
-
-# Whether the beginning of this life could be written down.
-is_logged() {
-    [ "$(of_chain 'field("event") == "begin" { last = field("job") "/" field("life") } END { print last }')" = "$job/$life" ]
-}
-
-stay() { # WHY EXIT_CODE
-    write "event=end code=${code:-none} saved=$(saved) seconds=$seconds next=none"
-    say "$1"
-    exit "$2"
-}
-
-stalled() { # WHY LIVES
-    [ "$2" -lt "$stalls_allowed" ] ||
-        stay "$1, and $2 lives in a row saved nothing new: stays stopped" "${code:-1}"
-}
-
-# No further life beyond the bounds, whoever orders it.
-bound() { # WHY LIVES-OF-THIS-JOB
-    local lives used
-    lives=$(of_chain 'field("event") == "begin" { count++ } END { print count + 0 }')
-    [ "$lives" -ge "$2" ] || lives=$2 # a log that could not be written
-    used=$((seconds + $(of_chain '{ sum += field("seconds") } END { print sum + 0 }')))
-    if [ "$lives" -gt "${MAX_REQUEUES:-1000}" ]; then
-        stay "$1, but came back $((lives - 1)) times already (MAX_REQUEUES): stays stopped" "${code:-1}"
-    fi
-    if [ "${TOTAL_MINUTES:-0}" -gt 0 ] && [ "$used" -ge $((TOTAL_MINUTES * 60)) ]; then
-        stay "$1, but has used its $TOTAL_MINUTES minutes (TOTAL_MINUTES): stays stopped" "${code:-1}"
-    fi
-}
-
-again() { # WHY COMMAND...
-    local why=$1
-    shift
-    bound "$why" $((life + 1))
-    stalled "$why" $(($(without_progress) + 1))
-    write "event=end code=${code:-none} saved=$(saved) seconds=$seconds next=again $died"
-    say "$why: requeued"
-    if scontrol requeue "$job"; then
-        exit "${code:-1}" # nothing here is sure to run any more
-    fi
-    say "SLURM does not requeue it (PreemptMode=CANCEL or JobRequeue=0?): submits a successor"
-    for name in ${!SLURM_@}; do [ "$name" = SLURM_CONF ] || unset "$name"; done
-    SBATCH_EXPORT=ALL DDPM_CHAIN=$chain "$@"
-    local submitted=$?
-    [ "$submitted" -eq 0 ] || say "no successor (exit code $submitted); submit the run again by hand"
-    exit "${code:-1}"
-}
-
-# What SLURM says of this life: about, state; and how long it has lasted: seconds.
-look() {
-    local began
-    for _ in {1..24}; do # the controller may be busy, or be restarted at this moment
-        about=$(scontrol show job --oneliner "$job" | tr ' ' '\n')
-        [ -z "$about" ] || break
-        sleep 5
-    done
-    state=$(of_job JobState)
-    began=$(of_chain 'field("event") == "begin" { since = field("time") } END { print since + 0 }')
-    seconds=$((began > 0 ? $(date +%s) - began : 0))
-}
-
-# SIGNALING, SUSPENDED and the like are lives that go on.
-is_over() {
-    case $state in
-        *COMPLETING* | COMPLETED | CANCELLED | FAILED | TIMEOUT | NODE_FAIL | PREEMPTED | DEADLINE | OUT_OF_MEMORY) ;;
-        PENDING | REQUEUE*) ;;
-        *) return 1 ;;
-    esac
-}
-
-is_replaced() { local restarts; restarts=$(of_job Restarts); [ "${restarts:-0}" -gt "$life" ]; }
-
-# At the time limit SLURM kills all after KillWait seconds, this shell too, perhaps before the launcher has ended: so
-# the next life is ordered at once. It begins when this one is over, and sees what became of it.
+# At the time limit SLURM kills everything after KillWait seconds, this shell too, and perhaps before the launcher has
+# ended. So the restart is ordered at once; it begins when this attempt is over, and then sees what became of it.
 told() {
     look
-    if ! is_replaced && is_over && [ "$(of_job Reason):$(of_job Requeue)" = TimeLimit:1 ]; then
-        again "time limit reached" true
+    if ! is_requeued && is_over && hit_time_limit && may_be_requeued; then
+        come_back "time limit reached" true
     fi
 }
 
-end() {
-    local launcher=$1
+end() { # EXIT_CODE_OF_LAUNCHER COMMAND...
+    local launcher=$1 why="killed before it could save"
     shift
     code=$(exit_code)
     rm -f "${DDPM_EXIT_CODE_FILE:-}"
     look
-    if is_replaced; then
+    if is_requeued; then
         say "SLURM has requeued it already"
         exit "${code:-1}"
     fi
     case $code in
-        0) stay "finished" 0 ;;
-        65 | 76 | 78) stay "exit code $code: stays failed" "$code" ;;
+        0) stay_stopped "finished" 0 ;;
+        65 | 76 | 78) stay_stopped "exit code $code: stays failed" "$code" ;;
+        75) why="preempted" ;;
     esac
-    # While this shell runs, a job that SLURM has ended is COMPLETING, whatever it will be called afterwards.
-    local why="preempted"
-    [ "$code" = 75 ] || why="killed before it could save"
+    # A job that SLURM has ended is COMPLETING while this shell runs, whatever it will be called afterwards.
     if is_over; then
-        case $(of_job Reason):$(of_job PreemptTime) in
-            TimeLimit:*) again "time limit reached" "$@" ;;
-            NodeDown:*) again "a node failed" "$@" ;;
-            *:2*) again "$why" "$@" ;;
-            *) stay "cancelled: stays stopped" "${code:-1}" ;;
-        esac
+        ! hit_time_limit || come_back "time limit reached" "$@"
+        ! node_failed || come_back "a node failed" "$@"
+        ! is_preempted || come_back "$why" "$@"
+        stay_stopped "cancelled: stays stopped" "${code:-1}"
     fi
-    # 128 and a stop signal: it came before the launcher could listen.
-    case $code:$(of_job PreemptTime):$launcher in
-        75:* | :2* | :*:129 | :*:130 | :*:131 | :*:138 | :*:140 | :*:143) again "$why" "$@" ;;
-    esac
-    died=died=1
-    if [ $(($(without_progress died) + 1)) -ge "$deaths_allowed" ]; then
-        stay "exit code ${code:-none}, and $deaths_allowed lives in a row died and saved nothing new: stays failed" \
-            "${code:-70}"
+    if was_stopped "$launcher"; then
+        come_back "$why" "$@"
     fi
-    again "exit code ${code:-none} (launcher $launcher)" "$@"
+    after_a_death "$launcher" "$@"
+}
+
+# Whether this attempt ended because it was asked to stop. A signal that came before the launcher could listen has ended
+# the launcher itself, and no rank has left an exit code.
+was_stopped() { # EXIT_CODE_OF_LAUNCHER
+    [ "$code" = 75 ] || { [ -z "$code" ] && { is_preempted || ended_by_stop_signal "$1"; }; }
+}
+
+after_a_death() { # EXIT_CODE_OF_LAUNCHER COMMAND...
+    local launcher=$1 why
+    shift
+    has_died=yes
+    if [ $(($(count_in_a_row deaths) + 1)) -ge "$deaths_allowed" ]; then
+        why="exit code ${code:-none}, and $deaths_allowed attempts in a row died and saved nothing new"
+        stay_stopped "$why: stays failed" "${code:-70}"
+    fi
+    come_back "exit code ${code:-none} (launcher $launcher)" "$@"
 }
 
 "$action" "$@"

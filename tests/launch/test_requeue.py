@@ -84,7 +84,7 @@ def job(tmp_path: Path) -> Life:
 @pytest.mark.parametrize("code", [65, 76, 78])
 def test_what_cannot_work_stays_failed(job: Life, code: int) -> None:
     job.status(state="failed", exit_code=code, saved_step=3)
-    assert job.live(1) == (code, f"slurm: job 7, life 0: exit code {code}: stays failed\n")
+    assert job.live(1) == (code, f"slurm: job 7, restart 0: exit code {code}: stays failed\n")
     assert job.requeued() == 0
 
 
@@ -140,7 +140,7 @@ def test_at_the_time_limit_the_next_life_is_ordered_before_this_one_has_ended(jo
     assert job.requeued() == 1
     job.slurm("COMPLETING", "TimeLimit", restarts=1)
     job.status(state="preempted", exit_code=75, saved_step=3)
-    assert job.end(1) == (75, "slurm: job 7, life 0: SLURM has requeued it already\n")
+    assert job.end(1) == (75, "slurm: job 7, restart 0: SLURM has requeued it already\n")
     assert job.requeued() == 1
 
 
@@ -156,7 +156,7 @@ def test_another_sigterm_orders_nothing_yet(job: Life, state: str, reason: str) 
 def test_a_life_that_slurm_has_replaced_decides_nothing(job: Life) -> None:
     job.status(state="preempted", exit_code=75, saved_step=3)
     job.slurm(restarts=1)
-    assert job.live(1) == (75, "slurm: job 7, life 0: SLURM has requeued it already\n")
+    assert job.live(1) == (75, "slurm: job 7, restart 0: SLURM has requeued it already\n")
     assert job.requeued() == 0
 
 
@@ -173,7 +173,7 @@ def test_died_three_times_without_progress(job: Life) -> None:
         job.slurm(restarts=life)
         code, said = job.live(1, life)
         assert job.requeued() == min(life + 1, 2)
-    assert (code, "3 lives in a row died and saved nothing new: stays failed" in said) == (70, True)
+    assert (code, "3 attempts in a row died and saved nothing new: stays failed" in said) == (70, True)
 
 
 def test_progress_and_preemptions_between_deaths(job: Life) -> None:
@@ -199,7 +199,7 @@ def test_preempted_twenty_times_without_a_step(job: Life) -> None:
         job.status(life=life, state="preempted", exit_code=75, saved_step=3)
         said = job.live(1, life)[1]
     assert job.requeued() == 19
-    assert "20 lives in a row saved nothing new" in said
+    assert "20 attempts in a row saved nothing new" in said
 
 
 def test_bounded_in_number(job: Life) -> None:
@@ -227,7 +227,7 @@ def test_bounded_in_time_with_lives_that_left_no_end(job: Life) -> None:
     assert job.requeued() == 0
 
 
-@pytest.mark.parametrize(("allowed", "began", "why"), [("2", 3, "MAX_REQUEUES"), ("100", 20, "20 lives in a row")])
+@pytest.mark.parametrize(("allowed", "began", "why"), [("2", 3, "MAX_REQUEUES"), ("100", 20, "20 attempts in a row")])
 def test_lives_that_slurm_requeues_itself_are_bounded_too(job: Life, allowed: str, began: int, why: str) -> None:
     """A run that takes its node down at every start never gets as far as its end."""
     for life in range(began):
@@ -311,4 +311,17 @@ def test_a_run_directory_that_is_a_link_inside_the_root_is_counted_like_any_othe
         job.slurm(restarts=life)
         said = job.live(1, life)[1]
     assert job.requeued() == 2
-    assert "3 lives in a row died" in said
+    assert "3 attempts in a row died" in said
+
+
+def test_a_job_that_began_under_an_earlier_version_goes_on_counting(job: Life) -> None:
+    """Whose lines of slurm.log say life where later ones say restart."""
+    for life in range(25):
+        job.status(life=life - 1, state="running", saved_step=life)
+        assert job.call("begin", str(job.run), life=life).returncode == 0
+    log = job.run / "slurm.log"
+    log.write_text(log.read_text().replace(" restart=", " life="))
+    job.status(life=24, state="preempted", exit_code=75, saved_step=30)
+    job.slurm(restarts=24)
+    assert job.end(1, 24) == (75, "slurm: job 7, restart 24: preempted: requeued\n")
+    assert job.requeued() == 1

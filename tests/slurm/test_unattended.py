@@ -31,4 +31,4 @@ def test_a_training_that_always_crashes_is_tried_three_times(unattended: dict[st
     fields = run.cluster.wait_for_end(run.job, run.log, 150)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2")
     assert [end[1] for end in run.ends()] == ["again", "again", "none"]
-    assert "3 lives in a row died and saved nothing new: stays failed" in run.output()
+    assert "3 attempts in a row died and saved nothing new: stays failed" in run.output()

@@ -13,6 +13,7 @@
 # setup
 set +e  # what fails is looked at afterwards
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
+source <PROJECT>/slurm/lifecycle.sh
 requeue=<PROJECT>/slurm/requeue.sh
 runs=(<PROJECT>/runs/quickstart)
 run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}
@@ -22,11 +23,9 @@ export MAX_REQUEUES=1000 TOTAL_MINUTES=0
 export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
 trap 'bash "$requeue" told "$run"' TERM
-srun() {  # a signal ends wait, not srun
+srun() {
     command srun "$@" &
-    local step=$!
-    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
-    wait "$step"
+    wait_through_signals $!
 }
 bash "$requeue" begin "$run" || exit
 
