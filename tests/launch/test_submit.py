@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from harness import TINY, call_unread, status
 
+from launch.request import from_arguments as request_from
 from launch.request import minutes_of
-from launch.submit import from_arguments as request_from
-from launch.submit import grid, main, parse
+from launch.submit import main, parse
+from launch.sweep import grid
 
 pytest.importorskip("submitit")
 

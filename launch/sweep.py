@@ -1,0 +1,47 @@
+"""A grid of runs from one request."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+
+from ddpm_dist.config import check_world_size, load_config
+from ddpm_dist.errors import ConfigError
+from launch.request import Request
+
+
+def grid(request: Request, sweep: Sequence[str]) -> list[Request]:
+    """One request per point of the grid, with a run.name that says which; the request itself without a sweep.
+
+    Raises:
+        ConfigError: a key twice, or a point whose config is refused.
+    """
+    axes: dict[str, list[str]] = {}
+    for text in sweep:
+        key, _, listed = text.partition("=")
+        if not listed or key in axes or key == "run.name":
+            why = "is there twice" if key in axes else "valid is KEY=A,B,... with any key but run.name"
+            raise ConfigError(f"--sweep {text}: {why}")
+        axes[key] = listed.split(",")
+    if not axes:
+        return [request]
+    points = []
+    for values in itertools.product(*axes.values()):
+        chosen = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        suffix = "-".join(re.sub(r"[^A-Za-z0-9.=+_-]", "_", text) for text in _shortened(chosen))
+        overrides = (*request.overrides, *chosen, f"run.name={request.config.run.name}-{suffix}")
+        config = load_config(request.config_file, overrides)
+        check_world_size(config, request.world_size)
+        points.append(dataclasses.replace(request, overrides=overrides, config=config))
+    if len({point.config.directory for point in points}) < len(points):
+        raise ConfigError(f"--sweep {' --sweep '.join(sweep)}: two points have one name; give each value once")
+    return points
+
+
+def _shortened(chosen: Sequence[str]) -> list[str]:
+    """`optim.lr=1e-4` -> `lr=1e-4`; whole keys where the last parts are not unique."""
+    short = [text.partition("=")[0].rpartition(".")[2] + "=" + text.partition("=")[2] for text in chosen]
+    unique = len({text.partition("=")[0] for text in short}) == len(short)
+    return short if unique else list(chosen)
