@@ -28,7 +28,8 @@ class Attentive(nn.Module):
         heads = self.qkv(flat).view(size, height * width, 3, self.num_heads, channels // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(flat.shape)
-        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+        result: Tensor = x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+        return result
 
 
 class AttentiveUNet(UNet):
@@ -42,5 +43,6 @@ class AttentiveUNet(UNet):
 def call_train_attentive(argv: Sequence[str]) -> int:
     from ddpm_dist.training import build
 
-    build.UNet = AttentiveUNet  # type: ignore[misc]
+    module: Any = build
+    module.UNet = AttentiveUNet
     return call_train(argv)

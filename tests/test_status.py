@@ -29,7 +29,8 @@ def call_train_on_a_node_of_its_own(argv: Sequence[str]) -> int:
 def call_train_dying_at_its_data(argv: Sequence[str]) -> int:
     from ddpm_dist.data import datasets
 
-    datasets.load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    module: Any = datasets
+    module.load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return call_train_on_a_node_of_its_own(argv)
 
 
@@ -174,10 +175,11 @@ def test_damaged_files_cost_facts_and_no_traceback(run: Path, content: bytes) ->
 
 
 def test_every_single_value_may_be_nonsense(run: Path) -> None:
+    nonsense: tuple[Any, ...] = (None, -1, "x", [], {}, True, 1e300, 10**30)
     for name in ("status.json", "attempts/00002.json"):
         whole = json.loads((run / name).read_text())
         for key in whole:
-            for value in (None, -1, "x", [], {}, True, 1e300, 10**30):
+            for value in nonsense:
                 (run / name).write_text(json.dumps(whole | {key: value}))
                 show(run)
         (run / name).write_text(json.dumps(whole))

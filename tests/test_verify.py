@@ -68,7 +68,7 @@ def rounds_otherwise_on_two_ranks(argv: Sequence[str]) -> int:
             step(self, batch)  # type: ignore[arg-type]
             self._parameters[0].data.view(-1)[0] += 1e-6
 
-        Trainer.train_step = nudged  # type: ignore[assignment, method-assign]
+        Trainer.train_step = nudged  # type: ignore[method-assign]
     return call_train(argv)
 
 

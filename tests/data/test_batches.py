@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_dist.data.batches import Batch, StepBatches, iterate
-from ddpm_dist.data.datasets import ImageFolder, ImagesInMemory
+from ddpm_dist.data.folder import ImageFolder
+from ddpm_dist.data.in_memory import ImagesInMemory
 from ddpm_dist.errors import DataError
 
 NUM_SHARDS = 8
@@ -234,13 +236,13 @@ def test_global_random_generators_are_left_alone(num_workers: int) -> None:
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = torch.get_rng_state(), random.getstate(), cast(Any, np.random.get_state())[1].tolist()
     iterator = iterate(make(flip=True), 0, 5, num_workers, pin_memory=False)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert len(list(iterator)) == 5
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert np.random.get_state()[1].tolist() == before[2]
+    assert cast(Any, np.random.get_state())[1].tolist() == before[2]
 
 
 def test_what_training_draws_in_between_changes_no_batch() -> None:

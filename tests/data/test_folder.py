@@ -191,13 +191,15 @@ def read(path: Path, content: bytes | None = None) -> np.ndarray:
     with Image.open(path) as image:
         assert image.width == image.height
         size = image.width
-    return ImageFolder(path.parent, size).fetch([0])[0].numpy()
+    pixels: np.ndarray = ImageFolder(path.parent, size).fetch([0])[0].numpy()
+    return pixels
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """What shows of a colour (0 .. 255) over a white ground, where alpha is 0 .. 255: [..., samples]."""
     share = alpha[..., None] / 255
-    return np.rint(share * colour + (1 - share) * WHITE)
+    mixed: np.ndarray = np.rint(share * colour + (1 - share) * WHITE)
+    return mixed
 
 
 def channels_first(pixels: np.ndarray) -> np.ndarray:

@@ -103,7 +103,8 @@ def test_posterior_equals_a_ddpm_step_from_x_start(diffusion: GaussianDiffusion,
 
     def step(start: Tensor, x: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(t)
-        return scheduler.step(start.double(), t, x.double(), generator=generator).prev_sample
+        stepped: Tensor = scheduler.step(start.double(), t, x.double(), generator=generator).prev_sample
+        return stepped
 
     only_noise = step(torch.zeros(SHAPE), torch.zeros(SHAPE))
     mean, variance = diffusion.q_posterior_mean_variance(x_start, x_t, batch_of(t))

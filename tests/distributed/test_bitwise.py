@@ -95,7 +95,8 @@ def test_nan_in_one_shard_is_skipped_alike_on_any_number_of_ranks(tmp_path: Path
 
 def has_dropout_follow_the_rank(argv: Sequence[str]) -> int:
     """A wrong layout: dropout follows the rank."""
-    from ddpm_dist.training.trainer import Trainer, seed_default_generators
+    from ddpm_dist.randomness import seed_default_generators
+    from ddpm_dist.training.trainer import Trainer
 
     def wrong(self: Trainer, index: int) -> None:
         seed_default_generators(self.ranks.device, 0, self.step, self._shards.start, index)

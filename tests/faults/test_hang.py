@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import Job, call_train, committed, start, status, wait_for_step
 
@@ -71,8 +72,9 @@ def call_train_dying_at_its_data(argv: Sequence[str]) -> int:
     """Rank 1 is killed while it loads the images: no collective of torch's is under way."""
     from ddpm_dist.data import datasets
 
+    module: Any = datasets
     if os.environ["RANK"] == "1":
-        datasets.load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        module.load = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return call_train(argv)
 
 

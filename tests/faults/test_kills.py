@@ -48,8 +48,8 @@ def test_a_damaged_checkpoint_is_fallen_back_from_and_set_aside(
 
 def test_saves_by_the_clock_are_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
     """Rank 0's clock decides; the ranks agree, go on from there after a kill, and end with the same bits."""
-    options = ("checkpoint.every=100000", "checkpoint.every_seconds=0.4", "train.log_every=1", "train.max_steps=250")
-    options += ("checkpoint.keep_last=1000",)
+    clock = ("checkpoint.every=100000", "checkpoint.every_seconds=0.4", "train.log_every=1", "train.max_steps=250")
+    options = (*clock, "checkpoint.keep_last=1000")
     undisturbed = train(2, tmp_path, "train.max_steps=250", name="undisturbed")
     run = tmp_path / "run"
     with start(2, tmp_path, *options) as job:

@@ -170,7 +170,8 @@ def layouts(root: Path, count: int, seed: int) -> str:
 def moves(root: Path, count: int, seed: int) -> str:
     """Random kills, and after each another number of ranks."""
     options = (*RUN, "elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16", "model.dropout=0.1")
-    steps, draw, run, world_sizes = 1500, random.Random(seed), root / "run", []
+    steps, draw, run = 1500, random.Random(seed), root / "run"
+    world_sizes: list[int] = []
     undisturbed = train(1, root, *options, f"train.max_steps={steps}", name="undisturbed", timeout=600)
     while status_of(run).get("state") != "finished":
         assert len(world_sizes) < 40, "no end in sight"

@@ -17,7 +17,7 @@ from ddpm_dist.history.attempts import read_records, record_of
 from ddpm_dist.run import lease
 from ddpm_dist.run.lease import claim
 
-ELSEWHERE = {"host": "another-host", "boot": "x", "pid_namespace": "y", "pid": 1, "pid_started": 1}
+ELSEWHERE: dict[str, Any] = {"host": "another-host", "boot": "x", "pid_namespace": "y", "pid": 1, "pid_started": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_a_running_attempt_says_nothing_about_its_node_yet() -> None:
     assert record_of(1, {"nodes": ["n1"]}, alive=True).outcome is None
 
 
-NONSENSE = (None, [], {}, "x", -1, 1.5, True, 1e400, 10**40, "\ud800\n\x1b[31m")
+NONSENSE: tuple[Any, ...] = (None, [], {}, "x", -1, 1.5, True, 1e400, 10**40, "\ud800\n\x1b[31m")
 
 
 @pytest.mark.parametrize("name", ["started", "ended", "beat", "step", "start_step", "state", "reason", "nodes", "pid"])

@@ -9,6 +9,7 @@ import dataclasses
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def with_nodes(**fields: str) -> Cluster:
     return dataclasses.replace(cluster, nodes={name: node | fields for name, node in cluster.nodes.items()})
 
 
-def site(**facts: object) -> Site:
+def site(**facts: Any) -> Site:
     return dataclasses.replace(SITE, **facts)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -277,7 +278,8 @@ def test_the_bounds_hold_over_successors(job: Life) -> None:
     job.set_requeue(1)
     for number in range(3):
         job.status(state="preempted", exit_code=75, saved_step=number)
-        job.live(1, MAX_REQUEUES="2", **({"DDPM_CHAIN": "7"} if number else {}))
+        chain: Any = {"DDPM_CHAIN": "7"} if number else {}
+        job.live(1, MAX_REQUEUES="2", **chain)
     assert job.submitted() == "7 \n" * 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,11 @@ def test_one_process_raises_its_own_errors(error: Exception) -> None:
     def fail() -> None:
         raise error
 
-    for work in (lambda ranks: ranks.on_rank_zero(lambda should_stop: fail()), lambda ranks: ranks.all_succeed(fail)):
+    works: tuple[Callable[[Ranks], None], ...] = (
+        lambda ranks: ranks.on_rank_zero(lambda should_stop: fail()),
+        lambda ranks: ranks.all_succeed(fail),
+    )
+    for work in works:
         with pytest.raises(type(error)) as raised:
             work(one_process())
         assert raised.value is error

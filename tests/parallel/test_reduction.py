@@ -43,6 +43,8 @@ def test_gradients_are_added_in_the_tree(shards: int, group_size: int) -> None:
         expected_weight, expected_bias = (
             tree([gradients[place] for gradients in alone], group_size) for place in range(2)
         )
+        assert module.weight.grad is not None
+        assert module.bias.grad is not None
         assert torch.equal(module.weight.grad, expected_weight)
         assert torch.equal(module.bias.grad, expected_bias)
         if shards > group_size > 1 or (shards > 2 and group_size == 1):

@@ -29,14 +29,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_whose_heartbeat_stands_still_are_named() -> None:
     store = HashStore()
     dogs = [Watchdog(store, rank, 4, 60.0, never) for rank in (0, 1)]
-    assert dogs[0].silent == ()
+    assert list(dogs[0].silent) == []
     assert dogs[0].who_is_silent() == "silent: ranks 2, 3"
     assert dogs[0].silent == (2, 3)
     dogs.append(Watchdog(store, 2, 4, 60.0, never))
     assert dogs[0].who_is_silent() == "silent: rank 3"
     dogs.append(Watchdog(store, 3, 4, 60.0, never))
     assert dogs[0].who_is_silent() == "every rank gives signs of life"
-    assert dogs[0].silent == ()
+    assert list(dogs[0].silent) == []
     dogs[1].close()
     time.sleep(0.6)
     assert dogs[0].who_is_silent() == "silent: rank 1"

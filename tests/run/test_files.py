@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -19,7 +20,7 @@ def test_the_digest_is_that_of_the_file_whatever_the_pieces(tmp_path: Path, seed
     with open(path, "wb") as file, HashingWriter(file) as writer:
         for _ in range(draw.randint(0, 12)):
             piece = bytearray(draw.randbytes(draw.choice([0, 1, 1000, 2**20 + 7, 2**22, 2**22 + 1, 3 * 2**22 + 5])))
-            assert writer.write(piece) == len(piece)
+            assert writer.write(cast(bytes, piece)) == len(piece)
             piece[:] = b"\0" * len(piece)  # what a caller's memory becomes afterwards
         writer.flush()
     content = path.read_bytes()

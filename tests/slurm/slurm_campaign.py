@@ -39,7 +39,11 @@ def _preempt(
         run.wait_for_step(max(step, run.attempts()[-1].get("start_step", 0) + 1 if run.attempts() else 1), attempt, 120)
         begun = time.time()
         cluster.preempt()
-        run.wait_until(lambda number=attempt: run.attempts()[number - 1].get("ended") is not None, "the save")
+
+        def saved_it(number: int = attempt) -> bool:
+            return run.attempts()[number - 1].get("ended") is not None
+
+        run.wait_until(saved_it, "the save")
         saved.append(run.attempts()[attempt - 1]["ended"] - begun)
         run.wait_for_step(1, attempt + 1, 120)
         back.append(run.first_step_after_start(attempt + 1))

@@ -67,8 +67,8 @@ def test_opening_an_intact_journal_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_last_line_of_a_step_counts_and_steps_ascend(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = [{"step": step, "attempt": 1} for step in (1, 2, 3, 4)]
-    second = [{"step": step, "attempt": 2} for step in (3, 4, 5)]
+    first: list[dict[str, float]] = [{"step": step, "attempt": 1} for step in (1, 2, 3, 4)]
+    second: list[dict[str, float]] = [{"step": step, "attempt": 2} for step in (3, 4, 5)]
     append(path, *first)
     append(path, *second)
     assert [(record["step"], record["attempt"]) for record in read_metrics(path)] == [

@@ -286,7 +286,7 @@ def train_with(environment: dict[str, str], argv: Sequence[str]) -> int:
 
 @pytest.mark.parametrize("how", ["tracking.uri", "MLFLOW_TRACKING_URI"])
 def test_run_arrives_at_a_server(tmp_path: Path, server: str, how: str) -> None:
-    overrides = (*RUN, "train.max_steps=8", f"tracking.experiment={how}")
+    overrides: tuple[str, ...] = (*RUN, "train.max_steps=8", f"tracking.experiment={how}")
     function: Callable[..., int] = call_train
     if how == "tracking.uri":
         overrides = (*overrides, f"tracking.uri={server}", "preview.num_images=1", "preview.steps=1")
