@@ -1,12 +1,17 @@
-# make install | train | test | torture | check | bench. Everything happens in .venv; PYTHON=python3.12 picks another Python.
+# `make` lists what there is. Everything happens in .venv; PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch launch/*.sh) .ci/run
 
-.PHONY: install train test torture check bench clean
+.PHONY: help install train test test-quick torture check bench clean
 
-install: $(STAMP)
+help: ## this list (the default)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo "ARGS='...' hands options on: make train ARGS=train.max_steps=100, make test ARGS='-k resume'"
+
+install: $(STAMP) ## make .venv with all that training and the tests need
 
 # Tested versions are in constraints.txt; pyproject.toml says which others should do.
 $(STAMP): pyproject.toml constraints.txt
@@ -14,25 +19,31 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[quickstart,slurm,test]'
 	touch $@
 
-train: install
+train: install ## train on this machine: configs/quickstart.yaml
 	PYTHON=$(BIN)/python launch/torchrun.sh --config configs/quickstart.yaml $(ARGS)
 
-test: check
+test: check ## all checks and all tests, as CI runs them (half an hour on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
-torture: install
+# Without the tests marked slow: real SLURM, torchrun, kills, full disks, servers. Under three minutes on two cores.
+test-quick: check ## all checks and the quick tests of every part (three minutes)
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+torture: install ## random accidents for hours
 	PYTHONPATH=tests:tests/slurm OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py $(ARGS)
 
-check: install
+check: install ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/slurm/conftest.py
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 
-bench: install
+bench: install ## the measurements of docs/performance
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.tracking
 	$(BIN)/python -m benchmarks.elastic
 
-clean:
+clean: ## remove .venv and what the tools keep
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
