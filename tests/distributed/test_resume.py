@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ddpm_dist.config import load_config
 from ddpm_dist.data import datasets
+from ddpm_dist.run.store import CheckpointStore
 
 STEPS = 60
 RUN = (f"train.max_steps={STEPS}", "checkpoint.every=7", "optim.warmup_steps=10", "optim.schedule=cosine")
@@ -179,3 +183,23 @@ def test_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     moved = train(2, tmp_path, *overrides, name="moved")
     for one, other in zip(metrics(straight), metrics(moved), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def in_a_folder_of_its_own(argv: Sequence[str]) -> int:
+    """Each rank has another working directory, as if each node had its own disk."""
+    os.chdir(Path(argv[-1].partition("=")[2]) / f"node{os.environ['RANK']}")
+    return call_train([*argv[:-1], "run.root=runs"])
+
+
+def test_a_rank_that_finds_another_checkpoint_of_the_same_step_does_not_train(tmp_path: Path) -> None:
+    train(1, tmp_path / "node0" / "runs", "train.max_steps=4")
+    shutil.copytree(tmp_path / "node0", tmp_path / "node1")
+    store = CheckpointStore(tmp_path / "node1" / "runs" / "run" / "checkpoints")
+    model = {name: value + 1 for name, value in store.load(4).model.items()}
+    store.save(dataclasses.replace(store.load(4), model=model), {})
+    options = ("train.max_steps=8", f"run.root={tmp_path}")
+    with start(2, tmp_path, *options, function=in_a_folder_of_its_own) as job:
+        assert job.wait() == [65, 65], job.output()
+        (line,) = (line for line in job.output().splitlines() if line.startswith("error: "))
+    assert "rank 1" in line
+    assert "sha256" in line

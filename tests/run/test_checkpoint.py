@@ -257,6 +257,24 @@ def test_who_was_taken_over_commits_and_prunes_nothing(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_who_is_taken_over_while_it_saves_commits_nothing(tmp_path: Path, allowed: int) -> None:
+    """The fence is asked before each of the two renames, of the content and of the manifest that commits it."""
+    store_with(tmp_path, 1, 2)
+    calls = 0
+
+    def fence() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > allowed:
+            raise TakenOver("by another")
+
+    store = CheckpointStore(tmp_path / "checkpoints", fence)
+    with pytest.raises(TakenOver):
+        store.save(make(4), {})
+    assert store.committed() == [1, 2]
+
+
 # Damage
 
 

@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from ddpm_dist.errors import TakenOver
 from ddpm_dist.run.files import HashingWriter, naming, replacing
 
 
@@ -60,3 +61,24 @@ def test_naming_keeps_a_name_that_is_there_and_leaves_other_errors_alone(tmp_pat
     assert caught.value.filename == str(tmp_path / "there")
     with pytest.raises(ValueError, match="ours"), naming(tmp_path / "here"):
         raise ValueError("ours")
+
+
+def test_who_is_taken_over_while_it_writes_replaces_nothing(tmp_path: Path) -> None:
+    """Writing may take minutes, so the fence is asked once the file is whole, right before the rename."""
+    path, taken_over = tmp_path / "file", False
+    path.write_bytes(b"old")
+
+    def fence() -> None:
+        if taken_over:
+            raise TakenOver("by another")
+
+    def write() -> None:
+        nonlocal taken_over
+        with replacing(path, fence) as file:
+            file.write(b"new")
+            taken_over = True
+
+    with pytest.raises(TakenOver):
+        write()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

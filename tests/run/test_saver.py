@@ -14,6 +14,7 @@ from ddpm_dist.config import CheckpointConfig
 from ddpm_dist.errors import Diverged, TakenOver
 from ddpm_dist.run import saver as saving
 from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.formats import Damaged
 from ddpm_dist.run.saver import Saver
 from ddpm_dist.run.store import CheckpointStore
 
@@ -101,6 +102,40 @@ def test_old_ones_go_only_once_the_new_one_is_there(tmp_path: Path) -> None:
         if step == 6:
             assert recorder.store.committed() == [4, 5]
     assert recorder.store.committed() == [4, 5, 7]
+
+
+def test_at_no_moment_are_there_fewer_than_are_to_be_kept(tmp_path: Path) -> None:
+    """Looked at when the journal is made durable, which comes first, when the checkpoint counts, and after that."""
+    store, seen = CheckpointStore(tmp_path), []
+
+    def look(*_: int) -> None:
+        seen.append(store.committed())
+
+    saver = Saver(store, CheckpointConfig(keep_last=2), look, look, lambda text: None)
+    for step in range(1, 5):
+        saver.submit(state(step), {})
+        saver.finish()
+        look()
+    assert seen == [[], [1], [1], [1], [1, 2], [1, 2], [1, 2], [1, 2, 3], [2, 3], [2, 3], [2, 3, 4], [3, 4]]
+
+
+def test_what_reads_back_differently_does_not_count_and_costs_no_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(tmp_path, keep_last=2)
+    for step in (1, 2):
+        recorder.saver.submit(state(step), {})
+        recorder.saver.finish()
+
+    def verify(step: int) -> None:
+        raise Damaged(f"step {step} reads back differently")
+
+    monkeypatch.setattr(recorder.store, "verify", verify)
+    recorder.saver.submit(state(3), {})
+    recorder.saver.settle()
+    assert recorder.committed == [1, 2]
+    assert {1, 2} <= set(recorder.store.committed())
+    assert "reads back differently" in recorder.said[0]
 
 
 def test_a_failure_is_said_and_asked_to_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
