@@ -12,6 +12,7 @@ from pathlib import Path
 from ddpm_dist.command import CommandLine, refuse
 from ddpm_dist.errors import ExitCode, UserError
 from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.tracking.address import how_to_look
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,16 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in paths:
         try:
             print(f"{path}: delivered, state {_sync(path)}")
+            print(f"  MLflow    {how_to_look(RunDirectory(path))}")
         except (UserError, OSError) as error:
             worst = max(worst, refuse(error))
     return worst
 
 
 def _sync(path: Path) -> str:
+    """The state that MLflow was told. Raises UserError."""
     directory = RunDirectory(path)
     directory.read_config()  # says whether there is a run, before mlflow takes seconds to import
 
-    from ddpm_dist.tracking.shipper import NotDelivered, sync
+    from ddpm_dist.tracking.delivery import sync
+    from ddpm_dist.tracking.shipper import NotDelivered
 
     try:
         return sync(directory)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SHIPPER = "ddpm_dist.tracking.shipper"
+SHIPPER = "ddpm_dist.tracking.delivery"
 
 
 @contextlib.contextmanager

@@ -42,8 +42,8 @@ FREE_OF_TORCH = (
     "parallel.environment",
     "tracking",
     "tracking.journal",
-    "tracking.process",
-    "tracking.shipper",
+    *(f"tracking.{name}" for name in ("address", "delivery", "description", "destination", "locks")),
+    *(f"tracking.{name}" for name in ("process", "shipped", "shipper", "signs")),
 )
 FOLDERS_OF_CODE = (PACKAGE, "launch", "slurm")
 MAX_LINES = 60
@@ -310,9 +310,9 @@ def test_every_tracking_module_is_among_those_free_of_torch() -> None:
     assert {name.removeprefix(f"{PACKAGE}.") for name in modules() if wing(name) == "tracking"} <= set(FREE_OF_TORCH)
 
 
-def test_only_the_shipper_imports_mlflow() -> None:
+def test_only_the_destination_imports_mlflow() -> None:
     importers = {each.importer for each in all_imports() if within(each.imported, "mlflow")}
-    assert importers == {"ddpm_dist.tracking.shipper"}
+    assert importers == {"ddpm_dist.tracking.destination"}
 
 
 @pytest.mark.parametrize("command", ["train", "training.job"])
@@ -320,7 +320,7 @@ def test_the_trainer_never_loads_the_shipper(command: str) -> None:
     """Not even in a branch of a function: the shipper is a process of its own."""
     reached = loaded_with(f"{PACKAGE}.{command}", deferred_too=True)
     assert "ddpm_dist.tracking.process" in reached
-    assert "ddpm_dist.tracking.shipper" not in reached
+    assert not {f"ddpm_dist.tracking.{name}" for name in ("destination", "shipper", "delivery")} & set(reached)
 
 
 def test_the_training_step_fits_a_screen() -> None:

@@ -1,58 +1,38 @@
-"""The shipper as a process: how it is started, waited for, and where it ships to. Neither torch nor mlflow here."""
+"""The shipper as the trainer sees it: a process that is started, revived and, at the end, waited for."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from ddpm_dist.config import Config
-from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
-from ddpm_dist.run.files import read_json
+from ddpm_dist.tracking import address
+from ddpm_dist.tracking.address import choose_uri
+from ddpm_dist.tracking.signs import ANSWERED, LOCAL, read_signs
+
+__all__ = ["ShipperProcess", "choose_uri"]
 
 REVIVE_SECONDS = 5.0
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-
-
-def choose_uri(config: Config, directory: RunDirectory) -> str | None:
-    """tracking.uri, else where this run was begun, else $MLFLOW_TRACKING_URI, else None: the database in run.root.
-
-    So a run stays one MLflow run, whatever the shell of a later attempt or of `sync` has in its environment.
-
-    Raises:
-        ConfigError: it is no address of a server or database.
-    """
-    noted = read_json(directory.mlflow_file) or {}
-    uri = config.tracking.uri or (noted["uri"] if "uri" in noted else os.environ.get("MLFLOW_TRACKING_URI")) or None
-    if uri is not None and re.split(r"[+:]", str(uri))[0] not in SCHEMES:
-        raise ConfigError(
-            f"tracking.uri={uri} (or $MLFLOW_TRACKING_URI): expected http://..., sqlite:///... or another database "
-            "(MLflow refuses folders); null: mlflow.db in run.root"
-        )
-    return uri
-
-
-def address_of(uri: str | None, directory: RunDirectory) -> str:
-    """A tracking URI for MLflow. The default database lies beside the run, wherever that was moved to."""
-    return uri or f"sqlite:///{directory.path.resolve().parent / 'mlflow.db'}"
+SILENCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 
 
 class ShipperProcess:
-    """Mirrors a run directory into MLflow while the trainer lives, and a little longer."""
+    """Mirrors a run directory into MLflow while the trainer lives, and up to a minute longer."""
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: RunDirectory) -> None:
-        self._process, self._directory, self._started = process, directory, time.monotonic()
-        self._uri = address_of(choose_uri(directory.read_config(), directory), directory)
+    def __init__(self, run_directory: Path) -> None:
+        self._directory = RunDirectory(run_directory)
+        self._process, self._signs = self._spawn()
+        self._started = time.monotonic()
 
     @classmethod
     def start(cls, run_directory: Path) -> ShipperProcess:
         """Start it in a session of its own, since launchers signal whole process groups."""
-        return cls(cls._spawn(run_directory), RunDirectory(run_directory))
+        return cls(run_directory)
 
     def revive(self) -> None:
         """Start it again if it was killed. Cheap enough for every line that is logged."""
@@ -60,35 +40,67 @@ class ShipperProcess:
             return
         self._started = time.monotonic()
         with contextlib.suppress(OSError):  # a full disk, perhaps: the next attempt or `sync` delivers
-            self._process = self._spawn(self._directory.path)
+            process, signs = self._spawn()
+            os.close(self._signs)
+            self._process, self._signs = process, signs
 
-    @staticmethod
-    def _spawn(run_directory: Path) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, and our end of the pipe for its signs."""
         # It is no rank, and must not take cores from one.
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment["OMP_NUM_THREADS"] = "1"
-        with open(run_directory / "shipper.log", "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "ddpm_dist.tracking.shipper", str(run_directory), "--follow", str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "ddpm_dist.tracking.delivery", str(self._directory.path)]
+        with open(self._directory.path / "shipper.log", "ab") as log:
+            signs, theirs = os.pipe()
+            os.set_blocking(signs, False)
+            try:
+                process = subprocess.Popen(
+                    [*command, "--follow", str(os.getpid()), "--signs", str(theirs)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    pass_fds=(theirs,),
+                    start_new_session=True,
+                )
+            except OSError:
+                os.close(signs)
+                raise
+            finally:
+                os.close(theirs)
+        return process, signs
 
     def wait(self, timeout_seconds: float) -> None:
-        """Until everything is delivered, but no longer than this: it goes on without us."""
-        try:
-            self._process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            path = self._directory.path
-            words = (path / "shipper.log").read_text(errors="replace").splitlines()
-            reason = f" ({words[-1]})" if words else ""
-            print(f"MLflow has not got everything{reason}; later: python -m ddpm_dist.sync {path}", flush=True)
+        """Until everything is delivered, for as long as MLflow answers; the shipper goes on without us for a minute.
+
+        A shipper that has not asked yet (importing mlflow takes seconds, making a database too), or that writes into
+        a database file, is given the whole time. A server that was asked gets SILENCE_SECONDS for each answer, so one
+        that is down or hangs costs the trainer no more than that.
+
+        Args:
+            timeout_seconds: no longer than this in any case.
+        """
+        if self._delivers(timeout_seconds):
+            return
+        path = self._directory.path
+        words = (path / "shipper.log").read_text(errors="replace").splitlines()
+        reason = f" ({words[-1]})" if words else ""
+        print(f"MLflow has not got everything{reason}; later: python -m ddpm_dist.sync {path}", flush=True)
+
+    def _delivers(self, timeout_seconds: float) -> bool:
+        """Whether the shipper ends well, in time."""
+        give_up = deadline = time.monotonic() + timeout_seconds
+        while self._process.poll() is None:
+            now, signs = time.monotonic(), read_signs(self._signs)
+            if signs.endswith(LOCAL):
+                give_up = deadline
+            elif ANSWERED in signs or (signs and give_up == deadline):  # further tries in vain give no further time
+                give_up = min(deadline, now + SILENCE_SECONDS)
+            if now >= give_up:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        return self._process.returncode == 0
 
     def how_to_look(self) -> str:
-        """A command or an address for a person."""
-        if self._uri.startswith("sqlite:"):
-            return f"mlflow ui --backend-store-uri {self._uri}"
-        return self._uri
+        """A command and a link for a person. The link is known once the run is in MLflow, so ask after `wait`."""
+        return address.how_to_look(self._directory)

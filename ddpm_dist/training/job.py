@@ -224,9 +224,10 @@ class Job:
     def _say_where_things_are(self, step: int) -> None:
         pictures = [self.directory.samples / f"step-{step:08d}.png", self.directory.path / "curves.png"]
         print(f"  pictures  {', '.join(str(path) for path in pictures if path.exists())}")
-        print(f"  run       {self.directory.path}  (more images: python -m ddpm_dist.sample {self.directory.path})")
-        if self.shipper is not None:
-            print(f"  MLflow    {self.shipper.how_to_look()}", flush=True)
+        print(
+            f"  run       {self.directory.path}  (more images: python -m ddpm_dist.sample {self.directory.path})",
+            flush=True,
+        )
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an error: status.json on rank 0, the store on others."""
@@ -283,6 +284,7 @@ class Job:
         """Give the shipper a moment to deliver the end of a finished run. After a stop, time is short."""
         if self.shipper is not None and code == ExitCode.FINISHED:
             self.shipper.wait(timeout_seconds=60)
+            print(f"  MLflow    {self.shipper.how_to_look()}", flush=True)
 
 
 def explain(error: Exception, rank: int) -> tuple[int, str]:

@@ -23,23 +23,23 @@ from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.tracking.shipper import METRICS
 
-LINES, LIVES = 17_000, 4  # six metrics a line
+LINES, ATTEMPTS = 17_000, 4  # six metrics a line
 
 
 def train(directory: RunDirectory, attempt: int) -> None:
     """A trainer as far as tracking sees it: a quarter of the lines, the first hundred again after a kill."""
-    life = Attempt(directory, attempt, LINES, 1, None)
-    life.write("running", 0, "training")
+    outcome = Attempt(directory, attempt, LINES, 1, None)
+    outcome.write("running", 0, "training")
     journal, shipper = Journal(directory.metrics_file), ShipperProcess.start(directory.path)
-    first = max(1, (attempt - 1) * LINES // LIVES - 100)
-    for step in range(first, attempt * LINES // LIVES + 1):
+    first = max(1, (attempt - 1) * LINES // ATTEMPTS - 100)
+    for step in range(first, attempt * LINES // ATTEMPTS + 1):
         figures = dict.fromkeys(METRICS, step + attempt / 8)
         journal.append({"step": step, "attempt": attempt, "time": 1.7e9 + attempt * 1e6 + step, **figures})
         if step % 20 == 0:
             shipper.revive()
             time.sleep(0.1)
-    if attempt == LIVES:
-        life.write("finished", LINES, "target reached", ExitCode.FINISHED)
+    if attempt == ATTEMPTS:
+        outcome.write("finished", LINES, "target reached", ExitCode.FINISHED)
         shipper.wait(60)
     else:
         time.sleep(600)  # until it is killed
@@ -57,7 +57,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
     directory.write_config(config)
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(mlflow_server(root, port))] if http_server else []
-        for attempt in range(1, LIVES + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             argv = [sys.executable, __file__, str(directory.path), str(attempt)]
             trainer = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
             stack.callback(trainer.kill)
@@ -72,7 +72,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
                     time.sleep(3)
                     servers.append(stack.enter_context(mlflow_server(root, port)))
                     killed["server"] += 1
-            if attempt < LIVES:
+            if attempt < ATTEMPTS:
                 trainer.kill()
                 killed["trainer"] += 1
             trainer.wait(200)

@@ -33,8 +33,10 @@ from ddpm_dist.parallel.local import free_port
 from ddpm_dist.run import lease as leases
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import claim
-from ddpm_dist.tracking import shipper as shipping
-from ddpm_dist.tracking.shipper import METRICS, NotDelivered, Shipper, follow, prepare_client
+from ddpm_dist.tracking import delivery
+from ddpm_dist.tracking.delivery import follow
+from ddpm_dist.tracking.destination import prepare_client
+from ddpm_dist.tracking.shipper import METRICS, RECORDS_PER_BATCH, NotDelivered, Shipper
 
 RUN = ("tracking.enabled=true", "checkpoint.every=7")
 LONG = (*RUN, "train.max_steps=60")
@@ -217,7 +219,7 @@ def test_run_whose_trainer_was_killed_is_failed_in_mlflow_and_no_step_doubled_wh
     with start(1, root, *LONG, "tracking.experiment=killed", name="killed") as job:
         wait_for_step(job, run, 12, 1)
         job.kill()
-    assert status(run)["state"] == "running", "it died without a word"
+    assert status(run)["state"] == "running", "the trainer has said how it ended"
     wait_for_shippers(run)
     first = assert_delivered(uri, "killed", run, "FAILED")
     resume(1, root, "killed")
@@ -241,21 +243,12 @@ def address(port: int) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def train_in_a_hurry(argv: Sequence[str]) -> int:
-    """The real command, except that it waits for a second, not for a minute, for the last tries of its shipper."""
-    from ddpm_dist.tracking.process import ShipperProcess
-
-    wait = ShipperProcess.wait
-    ShipperProcess.wait = lambda self, timeout_seconds: wait(self, min(timeout_seconds, 1.0))  # type: ignore[method-assign]
-    return call_train(argv)
-
-
 @pytest.fixture(scope="module")
 def undelivered(root: Path, address: str) -> Path:
     """A run that was trained while its server was down, and whose shipper has been killed over its last tries."""
     run = root / "undelivered"
     overrides = (*RUN, "train.max_steps=30", "tracking.experiment=undelivered", f"tracking.uri={address}")
-    with start(1, root, *overrides, name="undelivered", function=train_in_a_hurry) as job:
+    with start(1, root, *overrides, name="undelivered") as job:
         assert job.wait() == [0], job.output()
     try:
         wait_until(lambda: "not delivered yet" in log_of(run), "the shipper never tried")
@@ -296,7 +289,8 @@ def test_run_arrives_at_a_server(tmp_path: Path, server: str, how: str) -> None:
         assert job.wait() == [0], job.output()
     wait_for_shippers(tmp_path / "run")
     found = assert_delivered(server, how, tmp_path / "run")
-    assert server in job.output(), "nobody is told where to look"
+    link = f"{server}/#/experiments/{found.info.experiment_id}/runs/{found.info.run_id}?workflowType=machine_learning"
+    assert link in job.output(), "nobody is told where to look"
     assert not (tmp_path / "mlflow.db").exists()
     if how == "tracking.uri":
         from mlflow import MlflowClient
@@ -317,7 +311,7 @@ def test_training_is_finished_although_the_server_is_down(undelivered: Path) -> 
 
 def call_sync(*runs: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ddpm_dist.sync", *map(str, runs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
 def test_sync_delivers_everything_and_the_true_state_once_the_server_is_up(undelivered: Path, server: str) -> None:
@@ -325,6 +319,7 @@ def test_sync_delivers_everything_and_the_true_state_once_the_server_is_up(undel
     done = call_sync(undelivered)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert "delivered, state finished" in done.stdout
+    assert f"{server}/#/experiments/" in done.stdout, "nobody is told where to look"
     assert_delivered(server, "undelivered", undelivered)
     assert call_sync(undelivered).returncode == 0
     assert_delivered(server, "undelivered", undelivered)
@@ -422,7 +417,7 @@ def test_a_kill_while_the_database_is_made_leaves_nothing_half_made(root: Path, 
     directory = tmp_path / "killed"
     shutil.copytree(finished, directory)
     (directory / "mlflow.json").unlink()
-    command = (sys.executable, "-m", "ddpm_dist.tracking.shipper", str(directory), "--follow", str(os.getpid()))
+    command = (sys.executable, "-m", "ddpm_dist.tracking.delivery", str(directory), "--follow", str(os.getpid()))
     made, whole = tmp_path / ".mlflow.db.tmp", tmp_path / "mlflow.db"
 
     def has_grown(size: int) -> bool:
@@ -444,7 +439,7 @@ def test_a_kill_while_the_database_is_made_leaves_nothing_half_made(root: Path, 
 
 
 def test_more_lines_than_fit_into_one_batch_arrive_in_order(root: Path, finished: Path) -> None:
-    directory = make_run(root, "many", steps=shipping.RECORDS_PER_BATCH * 2 + 1)
+    directory = make_run(root, "many", steps=RECORDS_PER_BATCH * 2 + 1)
     Shipper(directory).ship("finished")
     assert_delivered(database(root), "many", directory.path)
 
@@ -569,7 +564,7 @@ def answering(answer: bytes) -> Iterator[int]:
 def test_a_server_that_answers_nonsense_costs_seconds_and_no_point(
     root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    shipping.prepare_client()
+    prepare_client()
     with answering(ANSWERS[kind]) as port:
         directory = make_run(root, f"nonsense-{kind}", f"tracking.uri=http://127.0.0.1:{port}")
         begun = time.monotonic()
@@ -585,8 +580,8 @@ def test_a_server_that_answers_nonsense_costs_seconds_and_no_point(
 def test_last_tries_are_bounded_and_nothing_is_lost(
     root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    monkeypatch.setattr(shipping, "LAST_TRIES_SECONDS", 0.5)
-    monkeypatch.setattr(shipping, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(delivery, "LAST_TRIES_SECONDS", 0.5)
+    monkeypatch.setattr(delivery, "POLL_SECONDS", 0.1)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as listener:  # takes connections and never says a word
         number = listener.getsockname()[1] if kind == "silent" else free_port()
@@ -603,23 +598,23 @@ def test_last_tries_are_bounded_and_nothing_is_lost(
     assert_delivered(database(root), f"bounded-{kind}", directory.path)
 
 
-def test_sync_of_a_run_whose_trainer_died_without_a_word_says_failed(
+def test_sync_of_a_run_whose_trainer_was_killed_says_failed(
     root: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On this machine or on another, which is told from its heartbeat; and "running" while there is one."""
+    """A heartbeat tells, on this machine or on another; while there is one, the run is running."""
     monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(leases, "STALE_SECONDS", 2.0)
     directory = make_run(root, "wordless", state="running")
     lease = claim(directory.attempts, {}, 1)
     try:
-        assert shipping.sync(directory) == "running"
+        assert delivery.sync(directory) == "running"
     finally:
         lease.release()
     path = directory.attempts / "00001.json"
     facts = json.loads(path.read_text()) | {"ended": None}
     for changed in ({"pid": 2**22 + 1}, {"host": "node17"}):
         path.write_text(json.dumps(facts | changed))
-        assert shipping.sync(directory) == "failed"
+        assert delivery.sync(directory) == "failed"
     assert_delivered(database(root), "wordless", directory.path, "FAILED")
 
 
