@@ -91,6 +91,26 @@ def test_of_100_simultaneous_claims_exactly_one_succeeds(tmp_path: Path, monkeyp
         assert len(list((tmp_path / "attempts").glob("*.json"))) == number
 
 
+@pytest.mark.xfail(strict=True, reason="who lost a race writes the number that it lost into its next claim")
+def test_who_claims_a_moment_later_does_not_overwrite_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look and our claim another attempt has claimed the same number, and ended."""
+    first, write_bytes = tmp_path / "00001.json", Path.write_bytes
+
+    def slowly(path: Path, data: bytes) -> int:
+        written = write_bytes(path, data)
+        if not first.exists():
+            write_bytes(first, b'{"attempt": 1, "ended": 1.0}')
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", slowly)
+    with held(tmp_path) as lease:
+        assert lease.number == 2
+        lease.check()
+        assert first.read_bytes() == b'{"attempt": 1, "ended": 1.0}'
+
+
 def test_a_second_start_is_told_who_holds_it(tmp_path: Path) -> None:
     with held(tmp_path):
         with process(try_to_claim, tmp_path, tmp_path / "result", 0) as other:
