@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_dist.sample import main
 
-QUICK = ("diffusion.num_timesteps=20", "preview.steps=5", "train.max_steps=3")
+QUICK = ("diffusion.num_timesteps=20", "preview.steps=5", "train.max_steps=3", "model.dropout=0.2")
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,21 @@ def test_what_reads_back_differently_does_not_count_and_costs_no_older_one(
     assert "reads back differently" in recorder.said[0]
 
 
+def test_a_save_that_found_another_under_way_is_asked_for_again(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.may_write.clear()
+    recorder.saver.submit_unless_busy(state(1), {})
+    recorder.saver.submit_unless_busy(state(2), {})
+    assert not recorder.saver.wants_save(), "not before the one under way has ended"
+    recorder.may_write.set()
+    recorder.saver.settle()
+    assert recorder.saver.wants_save()
+    recorder.saver.submit_unless_busy(state(3), {})
+    recorder.saver.finish()
+    assert recorder.committed == [1, 3]
+    assert not recorder.saver.wants_save()
+
+
 def test_a_failure_is_said_and_asked_to_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.2)
     recorder = Recorder(tmp_path)
