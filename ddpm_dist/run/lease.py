@@ -112,13 +112,13 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
                 "stop that one first, or give another run.name"
             )
         number = max(newest + 1, at_least)
-        facts = {"attempt": number, **_identity(), "started": time.time(), "beat": 0, "ended": None, **facts}
+        claimed = {"attempt": number, **_identity(), "started": time.time(), "beat": 0, "ended": None, **facts}
         path, private = directory / _name(number), directory / f".{socket.gethostname()}-{os.getpid()}.claim"
-        private.write_bytes(_text(facts))
+        private.write_bytes(_text(claimed))
         try:
             os.link(private, path)
             _sweep(directory)
-            return Lease(path, facts)
+            return Lease(path, claimed)
         except FileExistsError:
             continue  # another process was first: look whether it is alive
         finally:

@@ -91,7 +91,6 @@ def test_of_100_simultaneous_claims_exactly_one_succeeds(tmp_path: Path, monkeyp
         assert len(list((tmp_path / "attempts").glob("*.json"))) == number
 
 
-@pytest.mark.xfail(strict=True, reason="who lost a race writes the number that it lost into its next claim")
 def test_who_claims_a_moment_later_does_not_overwrite_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
