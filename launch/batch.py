@@ -42,7 +42,7 @@ def setup_lines(request: Request, runs: Sequence[Request]) -> list[str]:
     again = [f"cd {shlex.quote(os.getcwd())} && {shlex.join(command_again(run))}" for run in runs]
     return [
         *request.setup,
-        "set +e  # what fails is looked at afterwards",
+        "set +e  # the exit code of srun is judged at the end",
         f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"source {shlex.quote(str(LIFECYCLE))}",
         f"requeue={shlex.quote(str(REQUEUE))}",
@@ -52,7 +52,7 @@ def setup_lines(request: Request, runs: Sequence[Request]) -> list[str]:
         "again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}",
         f"export MAX_REQUEUES={request.max_requeues} TOTAL_MINUTES={total}",
         "export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
-        "trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards",
+        "trap : INT HUP USR1 USR2  # the tasks stop at them; this shell waits for the tasks",
         """trap 'bash "$requeue" told "$run"' TERM""",
         "srun() {",
         '    command srun "$@" &',

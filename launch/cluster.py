@@ -1,4 +1,4 @@
-"""What SLURM says of itself, read once: `scontrol show config | partition | node`."""
+"""What SLURM says of its configuration, partitions and nodes, read once with `scontrol show`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True)
 class Cluster:
-    """Fields as SLURM names them.
+    """A cluster, in the fields that SLURM names.
 
     Attributes:
         config: of slurm.conf and its defaults.
@@ -101,7 +101,7 @@ def cores_of(node: Fields) -> int:
 
 
 def is_usable(node: Fields) -> bool:
-    """Whether jobs start there at present, or will when those that run now have ended."""
+    """Whether the node takes jobs: at once, or when those that run there have ended."""
     return not re.search("DOWN|DRAIN|FAIL|NOT_RESPONDING|MAINT|POWER", node.get("State", ""))
 
 

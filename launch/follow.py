@@ -1,4 +1,4 @@
-"""Waiting for submitted runs: rank 0's log as it grows, and how each run ended, without sacct."""
+"""Waits for submitted runs: prints rank 0's log as it grows, and says how each run ended. Needs no sacct."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OVER = frozenset(
 
 
 def follow(job: Any, run: Path) -> int:
-    """Print the log of a submitit job until the job is over; returns the run's exit code. Ctrl-C only stops this."""
+    """Print the log of a submitit job until the job is over, and return the run's exit code. Ctrl-C only stops this."""
     log, shown = Path(job.paths.stdout), 0
     try:
         while True:
@@ -41,7 +41,7 @@ def follow(job: Any, run: Path) -> int:
 
 
 def follow_all(jobs: Sequence[tuple[Any, Path]]) -> int:
-    """Say how each run of a sweep ended, as they end; returns the first exit code that is not 0."""
+    """Say how each run of a sweep ended, as soon as it has; returns the first exit code that is not 0, else 0."""
     waiting, codes = list(jobs), []
     try:
         while waiting:
@@ -56,7 +56,7 @@ def follow_all(jobs: Sequence[tuple[Any, Path]]) -> int:
 
 
 def is_over(job: Any) -> bool:
-    """Of a job that SLURM knows no more, too; a requeued one is not over."""
+    """Whether a job is over. One that SLURM has forgotten is; one that waits for its restart is not."""
     if "SlurmJob" not in type(job).__name__:
         return bool(job.done())
     argv = ("scontrol", "show", "job", "--oneliner", str(job.job_id))
@@ -71,7 +71,7 @@ def is_over(job: Any) -> bool:
 
 
 def how_it_ended(run: Path) -> int:
-    """Says it, and returns the exit code in status.json; 70 where an attempt left no word."""
+    """Print how the run ended. Returns the exit code in status.json; 70 where a killed attempt wrote none."""
     status = RunDirectory(run).read_status()
     print(f"{run}: {status.get('state', 'did not start')} at step {status.get('step', 0)}: {status.get('reason', '')}")
     code = status.get("exit_code")

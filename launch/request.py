@@ -1,4 +1,4 @@
-"""What a user asks of the cluster: the same arguments for `launch.submit` and `launch.doctor`."""
+"""What a user asks of the cluster, in the arguments that `launch.submit` and `launch.doctor` share."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--mem", metavar="32G", help="memory per node")
     size.add_argument("--time", metavar="D-H:M:S", help="time limit of one attempt, as sbatch takes it")
     size.add_argument("--total-time", metavar="D-H:M:S", help="the job comes back until this time is used up in all")
-    size.add_argument("--max-requeues", type=int, default=1000, metavar="N", help="and at most so often (default 1000)")
+    size.add_argument("--max-requeues", type=int, default=1000, metavar="N", help="it comes back at most N times")
     size.add_argument("--signal-lead", type=int, default=120, metavar="SECONDS", help="save so long before the limit")
     where = parser.add_argument_group("where")
     for option in ("partition", "account", "qos", "constraint", "exclude"):

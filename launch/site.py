@@ -1,4 +1,4 @@
-"""What this machine can tell of the run root, the checkpoint, the tracking server and the network; measured."""
+"""What this machine measures: the run root, the size of a checkpoint, the tracking server, the network."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ IMAGE_CHANNELS = 3  # at most
 
 @dataclass(frozen=True)
 class Site:
-    """Facts beside SLURM's.
+    """What SLURM does not know.
 
     Attributes:
-        trouble: why run.root cannot be written; empty if it can.
+        trouble: why run.root cannot be written; empty if it can be.
         file_system: of run.root, as /proc/mounts names it.
-        links_are_exclusive: whether link(2) refuses a name that is taken, on which the lease stands.
-        save_seconds: to write and fsync a checkpoint there.
-        free_bytes: left there; quotas are not seen.
-        python_file_system: of the interpreter.
-        tracking_uri: None for mlflow.db in run.root.
-        tracking_trouble: why it cannot be reached; empty if it can.
-        interfaces: of the network.
-        environment: of the shell that will submit.
+        links_are_exclusive: whether link(2) refuses a name that is taken. The lease of a run relies on it.
+        save_seconds: how long it takes to write and fsync a checkpoint there.
+        free_bytes: what is free there; quotas are not seen.
+        python_file_system: where the interpreter lies.
+        tracking_uri: None where the runs are tracked in mlflow.db in run.root.
+        tracking_trouble: why the server cannot be reached; empty if it can be.
+        interfaces: the names of the network interfaces.
+        environment: of the shell that is going to submit.
     """
 
     trouble: str
@@ -53,7 +53,7 @@ class Site:
 
 
 def look(config: Config) -> Site:
-    """Writes into run.root for a moment, and leaves nothing there."""
+    """Measure all of it. Writes into run.root for a moment, and leaves nothing there."""
     root, size = config.directory.parent, checkpoint_bytes(config)
     there = _nearest(root)
     trouble, save_seconds, exclusive = "", 0.0, True
@@ -84,7 +84,7 @@ def look(config: Config) -> Site:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of float32 weights, average and moments; the network is only outlined, not made."""
+    """The size of a checkpoint: weights, average and moments in float32. The network takes no memory here."""
     import torch
 
     from ddpm_dist.models.unet import UNet
@@ -95,7 +95,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def measure(folder: Path, size: int) -> tuple[float, bool]:
-    """(seconds to write and fsync so many bytes, whether link(2) is exclusive). Raises OSError."""
+    """Returns (seconds to write and fsync so many bytes, whether link(2) is exclusive). Raises OSError."""
     probe, other = folder / f".doctor-{os.getpid()}", folder / f".doctor-{os.getpid()}-link"
     part = min(size, MAX_MEASURED_BYTES)
     try:
@@ -117,7 +117,7 @@ def measure(folder: Path, size: int) -> tuple[float, bool]:
 
 
 def file_system_of(path: Path) -> str:
-    """Of the longest mount point above the path; `unknown` where /proc/mounts does not tell."""
+    """The type of the file system that a path is on; `unknown` where /proc/mounts does not tell."""
     best, kind = "", "unknown"
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()

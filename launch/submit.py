@@ -81,7 +81,7 @@ def _cores(request: Request) -> int:
 
 
 def arguments_of(request: Request) -> list[str]:
-    """Of `ddpm_dist.train`."""
+    """What `ddpm_dist.train` is given for this run."""
     config = [] if request.config_file is None else ["--config", str(request.config_file.resolve())]
     return [*config, *request.overrides]
 

@@ -24,10 +24,10 @@ if [ -z "${NPROC:-}" ]; then
     for n in 8 4 2 1; do if [ "$NPROC" -ge "$n" ]; then NPROC=$n; break; fi; done
 fi
 
-# Signals that a scheduler sends reach the workers; the agent leaves them time to save (seconds).
-# torchrun would set it, and say so; the trainer sets its own thread count (train.threads).
+# torchrun would set this variable and warn of it; the trainer sets its own thread count (train.threads).
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# The agent passes the signals of a scheduler on to the workers, and leaves them so many seconds to save.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
-# A port that is free, chosen at the time of start: two jobs on one machine do not clash.
+# --standalone finds a free port, so that two runs on one machine do not clash.
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m ddpm_dist.train "$@"

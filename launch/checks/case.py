@@ -27,7 +27,7 @@ class Case:
     """All that a check may look at.
 
     Attributes:
-        partition: that the job would run in.
+        partition: the one that the job would run in.
         excluded: nodes that the request leaves out.
     """
 

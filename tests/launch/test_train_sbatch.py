@@ -56,7 +56,7 @@ class Node:
         )
         self.script("sbatch", "exit 0")
 
-    def start(self, life: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    def start(self, restart: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "DDPM", "PYTHON"))
         }
@@ -69,7 +69,7 @@ class Node:
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_CPUS_PER_NODE": "4(x2)",
             "SLURM_CPUS_ON_NODE": "4",
-            "SLURM_RESTART_COUNT": str(life),
+            "SLURM_RESTART_COUNT": str(restart),
             **variables,
         }
         argv = ["bash", "slurm/train.sbatch", CONFIG]
@@ -90,23 +90,23 @@ def node(tmp_path: Path) -> Node:
 
 def test_a_node_that_cannot_start_what_another_one_could_is_left(node: Node) -> None:
     node.python("exit 127")
-    started = node.start(life=5)
+    started = node.start(restart=5)
     assert started.returncode == 127
     assert node.requeues() == ["[requeue][7]"]
     assert "cannot start the trainer (exit code 127): requeued" in started.stderr
     assert not node.calls("srun")
 
 
-@pytest.mark.parametrize(("life", "allowed"), [(0, "1000"), (5, "5")])
-def test_what_never_started_is_not_tried_for_ever(node: Node, life: int, allowed: str) -> None:
+@pytest.mark.parametrize(("restart", "allowed"), [(0, "1000"), (5, "5")])
+def test_what_never_started_is_not_tried_for_ever(node: Node, restart: int, allowed: str) -> None:
     node.python("exit 127")
-    assert node.start(life, MAX_REQUEUES=allowed).returncode == 127
+    assert node.start(restart, MAX_REQUEUES=allowed).returncode == 127
     assert node.requeues() == []
 
 
 def test_an_array_task_is_requeued_by_its_own_name(node: Node) -> None:
     node.python("exit 1")
-    node.start(life=1, SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="3")
+    node.start(restart=1, SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="3")
     assert node.requeues() == ["[requeue][6_3]"]
 
 
@@ -120,12 +120,12 @@ def test_a_start_that_fails_once_is_tried_again(node: Node) -> None:
 @pytest.mark.parametrize("code", [65, 78])
 def test_a_config_that_is_refused_ends_it_at_once(node: Node, code: int) -> None:
     node.python(f"exit {code}")
-    assert node.start(life=5).returncode == code
+    assert node.start(restart=5).returncode == code
     assert (len(node.calls("python")), node.requeues()) == (1, [])
 
 
 def test_where_a_bound_is_reached_nothing_starts(node: Node) -> None:
-    assert node.start(life=3, MAX_REQUEUES="2").returncode != 0
+    assert node.start(restart=3, MAX_REQUEUES="2").returncode != 0
     assert node.calls("srun") == []
 
 
@@ -214,6 +214,6 @@ def test_a_python_without_torch_is_refused_in_one_line(node: Node) -> None:
 
 def test_a_node_that_has_lost_torch_is_left(node: Node) -> None:
     node.python(f"echo {node.run}; echo torch=no")
-    assert node.start(life=2).returncode != 0
+    assert node.start(restart=2).returncode != 0
     assert node.requeues() == ["[requeue][7]"]
     assert not node.calls("srun")

@@ -13,7 +13,7 @@
 #SBATCH --signal=USR2@120
 
 # setup
-set +e  # what fails is looked at afterwards
+set +e  # the exit code of srun is judged at the end
 export PYTHONPATH=<PROJECT>${PYTHONPATH:+:$PYTHONPATH}
 source <PROJECT>/slurm/lifecycle.sh
 requeue=<PROJECT>/slurm/requeue.sh
@@ -23,7 +23,7 @@ agains=('cd <PROJECT> && <PYTHON> -m launch.submit --config=<PROJECT>/configs/qu
 again=${agains[${SLURM_ARRAY_TASK_ID:-0}]}
 export MAX_REQUEUES=1000 TOTAL_MINUTES=0
 export DDPM_EXIT_CODE_FILE=$(mktemp) OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-trap : INT HUP USR1 USR2  # the tasks get them too; this shell decides afterwards
+trap : INT HUP USR1 USR2  # the tasks stop at them; this shell waits for the tasks
 trap 'bash "$requeue" told "$run"' TERM
 srun() {
     command srun "$@" &
