@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ SCRIPTS = ("slurm/requeue.sh", "slurm/train.sbatch", "slurm/lifecycle.sh", "laun
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script: str) -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("no shellcheck here: apt-get install shellcheck")
-    argv = ["shellcheck", "--external-sources", script]
+    beside_python = str(Path(sys.executable).parent)
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join((beside_python, os.environ["PATH"])))
+    if shellcheck is None:
+        pytest.skip("no shellcheck here: make install, or apt-get install shellcheck")
+    argv = [shellcheck, "--external-sources", script]
     checked = subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
 
