@@ -1,4 +1,4 @@
-"""What all commands share: how a command line is refused, and how an error that the user can mend is said."""
+"""What all commands share: how they refuse a wrong command line, and how they report an error that a user can mend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_dist.errors import ConfigError, ExitCode, UserError
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse whose mistakes are ConfigErrors: one line and exit code 78, as for every other mistake."""
+    """An ArgumentParser that raises ConfigError: a wrong option ends as a wrong key does, in one line and code 78."""
 
     def __init__(self, *, prog: str, description: str | None, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
@@ -31,7 +31,7 @@ def one_line(error: Exception) -> tuple[int, str] | None:
 
 
 def refuse(error: Exception) -> int:
-    """Print the one line and return the exit code. Raises the error itself where it is a bug of ours."""
+    """Print the error as one line and return its exit code. An error that is a bug of ours is raised again."""
     said = one_line(error)
     if said is None:
         raise error
@@ -40,6 +40,9 @@ def refuse(error: Exception) -> int:
 
 
 def nobody_reads() -> int:
-    """After a BrokenPipeError: `... | head` has seen enough. Python would complain once more when it exits."""
+    """End quietly after a BrokenPipeError, as in `... | head`. Returns the exit code.
+
+    Python would try to write the rest when it exits, and complain: the rest goes to /dev/null.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -6,13 +6,16 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """How a rank ends (sysexits.h where a meaning fits). torchrun flattens them to 1: status.json says it too."""
+    """How a rank ends. The numbers are those of sysexits.h where a meaning fits.
+
+    torchrun exits with 1 for each of them but 0; status.json holds the true code.
+    """
 
     FINISHED = 0
     DATA = 65  # data or checkpoint unusable
     SOFTWARE = 70  # our fault
     PREEMPTED = 75  # run me again
-    NO_PROGRESS = 76  # diverged, or taken over: do not requeue
+    NO_PROGRESS = 76  # diverged, or another attempt has taken over: do not requeue
     CONFIG = 78
 
 
@@ -20,7 +23,7 @@ class UserError(ValueError):
     """Something the user can mend. The message says, in one line, what, where, and what would be valid.
 
     Attributes:
-        ranks: who met it, where that was another rank than the one that says it.
+        ranks: the ranks that met the error, where others than the rank that reports it.
     """
 
     exit_code = ExitCode.CONFIG
@@ -41,16 +44,16 @@ class DataError(UserError):
 
 
 class Diverged(UserError):
-    """Gradients that are no finite numbers, step after step: going on would waste the machine."""
+    """The gradients were NaN or infinite in too many steps in a row: training on would be a waste."""
 
     exit_code = ExitCode.NO_PROGRESS
 
 
 class TakenOver(UserError):
-    """Another attempt writes into this run directory now; what this one goes on to do would be lost."""
+    """Another attempt has taken over this run directory, so this attempt must not write into it any more."""
 
     exit_code = ExitCode.NO_PROGRESS
 
 
 class StopRequested(Exception):
-    """Raised inside work that a stop signal may cut short (sampling, waiting); nothing is lost by it."""
+    """A stop signal cuts work short that can be done again (sampling, waiting)."""

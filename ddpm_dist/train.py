@@ -52,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_word(code: int) -> None:
-    """For a batch script that must decide what comes next: torchrun turns every code but 0 into 1, and a command
-    that is refused has no run directory to say it in."""
+    """Write the exit code for a batch script, which decides whether to start the run again.
+
+    torchrun turns every code but 0 into 1, and a refused command has no run directory that could hold its code.
+    """
     path = os.environ.get("DDPM_EXIT_CODE_FILE")
     if path:
-        with contextlib.suppress(OSError):  # then it looks like a death without a word, which is tried again
+        with contextlib.suppress(OSError):  # without this file the batch script takes it for a crash, and tries again
             Path(path).write_text(f"{int(code)}\n")
 
 

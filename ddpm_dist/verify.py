@@ -35,18 +35,19 @@ Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise. Exit co
 """
 DEFAULT = ("data.name=mnist5k", "model.channels=16", "data.batch_size=32", "elastic.mode=bitwise")
 COMMAND = "ddpm_dist.train:main"
-PATIENCE_SECONDS = 600.0  # for those whom a killed rank leaves behind, or a run that is left to finish
+PATIENCE_SECONDS = 600.0  # until the ranks that were not killed have ended
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One life of the disturbed run.
+    """One attempt at the disturbed or the undisturbed run, and how it went.
 
     Attributes:
-        newest: the newest checkpoint when it began (0: none), at which it had to start.
-        start: where it did.
+        world_size: its number of ranks.
+        newest: step of the newest checkpoint when it began (0: none). The attempt has to start there.
+        start: step at which it did start.
         end: the last step that it logged.
-        kill: what was done to it; "" if it was left to finish.
+        kill: which ranks were killed, in words; "" if it was left to finish.
     """
 
     world_size: int
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for number, handler in before.items():
             if handler == signal.SIG_DFL:
-                signal.signal(number, _leave)  # by way of what ends the ranks
+                signal.signal(number, _leave)  # raises SystemExit, so that LocalRanks ends its ranks
         args = parse(argv)
         worlds = _read_worlds(args.worlds)
         every = args.steps // (2 * (max(args.kills, 1) + 1))
@@ -126,7 +127,10 @@ def _read_worlds(text: str) -> list[int]:
 
 
 def _schedule(config: Config, steps: int) -> list[str]:
-    """A cosine that ends where that of the config does, and not with the rehearsal; unknown there if in epochs."""
+    """Overrides that keep a cosine as long as the config makes it, although the rehearsal is shorter.
+
+    A config that counts in epochs does not say how many steps they are: then the cosine ends with the rehearsal.
+    """
     if config.optim.schedule != "cosine" or config.optim.decay_steps is not None:
         return []
     return [f"optim.decay_steps={config.train.max_steps or max(steps, config.optim.warmup_steps + 1)}"]
@@ -138,7 +142,7 @@ def _check(config: Config, worlds: Sequence[int]) -> None:
     if config.elastic.mode == "stream" and len(set(worlds)) > 1:
         raise ConfigError(
             f"--worlds {','.join(map(str, worlds))}: elastic.mode=stream gives the same bits on one number of ranks "
-            "only; give that one, like --worlds 2, or elastic.mode=bitwise"
+            "only; give one number, like --worlds 2, or elastic.mode=bitwise"
         )
 
 
@@ -146,12 +150,15 @@ class Rehearsal:
     """Trains the undisturbed run and the disturbed one, and compares.
 
     Args:
-        root: folder of both run directories; must not hold any.
-        command: what both are trained with.
-        steps: their length.
-        worlds: numbers of ranks; the undisturbed run takes the first, the other one all in turn.
-        kills: how often the other one is killed.
-        seed: of the kills.
+        root: folder of both run directories. Neither may exist yet.
+        command: arguments of `ddpm_dist.train` for both runs.
+        steps: length of both runs.
+        worlds: numbers of ranks. The undisturbed run takes the first one, the disturbed run takes all in turn.
+        kills: how often the disturbed run is killed.
+        seed: decides when each kill comes, and which ranks it hits.
+
+    Raises:
+        ConfigError: a run directory exists already.
     """
 
     def __init__(self, root: Path, command: list[str], *, steps: int, worlds: list[int], kills: int, seed: int) -> None:
@@ -163,19 +170,19 @@ class Rehearsal:
         self._steps, self._worlds, self._kills, self._draw = steps, worlds, kills, random.Random(seed)
 
     def run(self) -> bool:
-        """Whether both end alike, and the disturbed run went on at its checkpoints each time.
+        """Train both runs. Returns whether they end alike, and each attempt started at the newest checkpoint.
 
         Raises:
-            CannotTrain: a run ended by itself.
+            CannotTrain: a run failed although nobody killed it.
         """
-        undisturbed = self._life("undisturbed", self._worlds[0], None)
+        undisturbed = self._attempt("undisturbed", self._worlds[0], None)
         print(f"undisturbed: {undisturbed.world_size} rank(s), {undisturbed.end} steps", flush=True)
         print("disturbed:   ranks  starts at step (newest checkpoint)  ends at step")
         attempts: list[Attempt] = []
         while not attempts or attempts[-1].kill:
             number = len(attempts)
             world_size = self._worlds[number % len(self._worlds)]
-            attempts.append(self._life("disturbed", world_size, self._kills - number))
+            attempts.append(self._attempt("disturbed", world_size, self._kills - number))
             one = attempts[-1]
             newest = f"({one.newest})"
             how = one.kill or "finished"
@@ -184,13 +191,13 @@ class Rehearsal:
             )
         return self._compare(attempts)
 
-    def _life(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
+    def _attempt(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
         run = self._root / name
         store = CheckpointStore(run / "checkpoints")
         newest = max(store.committed(), default=0)
         kill_at, victim = None, ""
         if kills_left:
-            # So that what is left of the run has room for the kills that are left, and for a slow hand.
+            # Early enough that the rest of the run has room for the other kills, and for a kill that comes late.
             kill_at = newest + self._draw.randint(1, max(1, (self._steps - newest) // (kills_left + 1)))
             victim = self._draw.choice(["all ranks", *(f"rank {rank}" for rank in range(world_size))])
         argv = [*self._command, f"run.name={name}"]
@@ -198,16 +205,18 @@ class Rehearsal:
         with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.job"]) as ranks:
             number = 1 + len(read_attempts(run / "attempts"))
             while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at and store.committed()):
-                time.sleep(0.005)  # the first kill, too, comes after a checkpoint: there is something to resume
+                time.sleep(
+                    0.005
+                )  # also until there is a checkpoint, so that even the first kill leaves something to resume
             killed = bool(kill_at) and ranks.alive()
             if killed:
-                time.sleep(self._draw.uniform(0, _step_seconds(run, number)))  # not always just after a line was logged
+                time.sleep(self._draw.uniform(0, _step_seconds(run, number)))  # at any point of a step
                 ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if None in codes:
             raise CannotTrain(codes, log)
         if RunDirectory(run).read_status().get("state") == "finished":
-            killed = False  # whoever was killed had nothing left to do
+            killed = False  # the kill came too late: the run was complete
         elif not killed:
             raise CannotTrain(codes, log)
         facts = read_attempts(run / "attempts")[number - 1]
@@ -237,7 +246,7 @@ class Rehearsal:
 
 
 class CannotTrain(Exception):
-    """A run ended by itself, or by somebody else's hand, and not well."""
+    """A run failed although this command did not kill it. Shows the last lines of its log."""
 
     def __init__(self, codes: Sequence[int | None], log: Path) -> None:
         said = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:])
@@ -246,24 +255,24 @@ class CannotTrain(Exception):
 
 
 def _call(command: str, argv: Sequence[str]) -> int:
-    """On a rank: a command by its name."""
+    """Call a command by its name. Runs on a rank."""
     return int(pkgutil.resolve_name(command)(argv))
 
 
 def _step_seconds(run: Path, attempt: int) -> float:
-    """How long a step of this attempt takes, on average between its lines; 0 if it has logged but one."""
+    """How long a step of this attempt takes, on average between its lines; 0 if it has logged one line only."""
     lines = _lines(run, attempt)
     steps = lines[-1]["step"] - lines[0]["step"]
     return float((lines[-1]["time"] - lines[0]["time"]) / steps) if steps else 0.0
 
 
 def _last_step(run: Path, attempt: int) -> int:
-    """The last step that this attempt logged; 0 if none."""
+    """The last step that this attempt logged; 0 if it logged none."""
     return max((line["step"] for line in _lines(run, attempt)), default=0)
 
 
 def _lines(run: Path, attempt: int) -> list[dict[str, Any]]:
-    """What this attempt logged."""
+    """The lines of metrics.jsonl that this attempt logged."""
     return [line for line in read_metrics(run / "metrics.jsonl") if line["attempt"] == attempt]
 
 

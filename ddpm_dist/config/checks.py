@@ -1,4 +1,4 @@
-"""Rules that bind several keys, or keys and the number of ranks."""
+"""Rules over several keys together, and over keys and the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ddpm_dist.errors import ConfigError
 
 
 def check_together(config: Config) -> None:
-    """Rules that bind more than one key, or a text's form.
+    """Check the rules that the type and the bounds of one key cannot express.
 
     Raises:
         ConfigError: names the keys and what would be valid.
@@ -29,7 +29,8 @@ def check_together(config: Config) -> None:
     if config.elastic.mode == "bitwise" and config.train.micro_batch_size is not None:
         raise ConfigError(
             f"train.micro_batch_size={config.train.micro_batch_size}: must be null with elastic.mode=bitwise, where "
-            f"each forward is one shard, here of {data.batch_size // shards} images; more elastic.shards are smaller"
+            f"each forward is one shard, here of {data.batch_size // shards} images; set more elastic.shards"
+            " for a smaller one"
         )
     if data.name != "folder" and data.image_size is not None:
         raise ConfigError(f"data.image_size={data.image_size}: only for data.name=folder; valid here: null")
@@ -52,11 +53,13 @@ def check_together(config: Config) -> None:
         )
     decay = config.optim.decay_steps or config.train.max_steps
     if config.optim.schedule == "cosine" and decay is not None and decay <= config.optim.warmup_steps:
-        raise ConfigError(f"optim.warmup_steps={config.optim.warmup_steps}: must be below the last decay step, {decay}")
+        raise ConfigError(
+            f"optim.warmup_steps={config.optim.warmup_steps}: must be below the step at which the cosine ends, {decay}"
+        )
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """W ranks must share the logical shards evenly, and micro-batches must share a rank's images evenly.
+    """Check that W ranks share the logical shards evenly, and micro-batches a rank's images.
 
     Raises:
         ConfigError: lists the world sizes or micro-batch sizes that would be valid.

@@ -43,7 +43,7 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 
 def _read_file(path: Path) -> list[tuple[str, str, str]]:
-    """(place, dotted key, text) of each value. Works on YAML's nodes: nothing is constructed, no tag obeyed."""
+    """(place, dotted key, text) of each value. It reads YAML's nodes, so no object is made and no tag is obeyed."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:

@@ -31,7 +31,7 @@ def key(
 
     Args:
         default: the reference recipe's value.
-        help: one line for `--help`.
+        help: one line for `--help-config`.
         minimum, above, below: inclusive lower, exclusive lower and exclusive upper bound of a number.
         free: True if the key may change when a run is resumed. All others shape what is learned.
     """
@@ -124,7 +124,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = key(500, "steps between checkpoints", minimum=1, free=True)
-    every_seconds: float | None = key(None, "also save when so much time has passed", above=0.0, free=True)
+    every_seconds: float | None = key(None, "save also when this many seconds have passed", above=0.0, free=True)
     keep_last: int = key(3, "how many of the newest checkpoints stay", minimum=2, free=True)
     keep_every: int | None = key(None, "checkpoints at multiples of this step stay for ever", minimum=1, free=True)
 
@@ -141,11 +141,11 @@ class PreviewConfig:
 @dataclass(frozen=True)
 class ElasticConfig:
     mode: Literal["stream", "bitwise"] = key(
-        "stream", "stream: any number of ranks sees the same data and noise; bitwise: and computes the same bits"
+        "stream", "stream: any number of ranks sees the same data and noise; bitwise: it also computes the same bits"
     )
     shards: int = key(8, "logical shards of a batch; the number of ranks must divide it", minimum=1)
     on_mismatch: Literal["auto", "warn", "fail"] = key(
-        "auto", "where a resume would round otherwise (auto: warn in stream, fail in bitwise)", free=True
+        "auto", "what to do if a resume would round differently (auto: warn in stream, fail in bitwise)", free=True
     )
 
     @property
@@ -162,7 +162,9 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    timeout_seconds: float = key(120.0, "a rank silent for so long ends the job", above=0.0, below=1e6, free=True)
+    timeout_seconds: float = key(
+        120.0, "a rank that is silent for this many seconds ends the job", above=0.0, below=1e6, free=True
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of one dotted key."""
+    """One dotted key.
+
+    Attributes:
+        name: section.key.
+        type: the declared type of its values.
+        field: the field of its section, with what `key` noted.
+    """
 
     name: str
     type: Any
@@ -244,7 +252,7 @@ def to_yaml(config: Config) -> str:
 
 
 def describe_keys() -> str:
-    """One line a key: name, default, help. For `--help-config`."""
+    """One line for each key, with its name, default and help: the answer to `--help-config`."""
     lines = []
     for item in keys().values():
         default = "null" if item.field.default is None else item.field.default

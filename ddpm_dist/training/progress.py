@@ -1,4 +1,4 @@
-"""What rank 0 tells a person: a bar on a terminal, plain lines in a log file."""
+"""What rank 0 shows a person: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Talks on rank 0 and is silent elsewhere.
+    """Shows progress on rank 0, and nothing on other ranks.
 
     Args:
         enabled: whether this is rank 0.
-        start, target: steps.
+        start: the step at which this attempt starts.
+        target: the step at which the run is finished.
     """
 
     def __init__(self, enabled: bool, start: int, target: int) -> None:
@@ -27,14 +28,14 @@ class Progress:
             self._bar = tqdm(initial=start, total=target, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
-        """One line, not torn by the bar."""
+        """Print one line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text)
         elif self._enabled:
             print(text, flush=True)
 
     def update(self, record: dict[str, Any]) -> None:
-        """record: a line of metrics.jsonl."""
+        """Show the figures of a line of metrics.jsonl."""
         step = record["step"]
         figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
         if self._bar is not None:
