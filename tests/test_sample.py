@@ -39,6 +39,7 @@ def test_npz_is_what_evaluators_read(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.slow
 def test_same_seed_gives_the_same_images_whatever_the_number(run: Path, tmp_path: Path, sampler: str) -> None:
     for num in (3, 70):
         assert main([str(run), "--num", str(num), "--sampler", sampler, "--out", str(tmp_path / f"{num}.npz")]) == 0

@@ -174,6 +174,7 @@ def test_damaged_files_cost_facts_and_no_traceback(run: Path, content: bytes) ->
     show(run)
 
 
+@pytest.mark.slow
 def test_every_single_value_may_be_nonsense(run: Path) -> None:
     nonsense: tuple[Any, ...] = (None, -1, "x", [], {}, True, 1e300, 10**30)
     for name in ("status.json", "attempts/00002.json"):

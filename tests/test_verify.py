@@ -25,6 +25,7 @@ def run(*arguments: str) -> int:
     return verify.main([*SHORT, *arguments])
 
 
+@pytest.mark.slow
 def test_a_killed_and_moved_run_is_shown_to_be_equal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--worlds", "1,2,4", "--keep", str(tmp_path)) == 0
     said = capfd.readouterr().out
@@ -39,6 +40,7 @@ def test_a_killed_and_moved_run_is_shown_to_be_equal(tmp_path: Path, capfd: pyte
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_cosine_with_a_warm_up_longer_than_the_rehearsal_is_proved(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +53,7 @@ def test_a_cosine_with_a_warm_up_longer_than_the_rehearsal_is_proved(
     assert json.loads(lines[-1])["lr"] == pytest.approx(2e-4 * 24 / 100)
 
 
+@pytest.mark.slow
 def test_stream_mode_is_proved_on_one_number_of_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--worlds", "2", "elastic.mode=stream") == 0
     assert "EQUAL" in capfd.readouterr().out
@@ -72,6 +75,7 @@ def rounds_otherwise_on_two_ranks(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+@pytest.mark.slow
 def test_a_difference_in_the_last_digits_is_found(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +95,7 @@ def starts_over(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_is_no_proof(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(verify, "COMMAND", f"{__name__}:starts_over")
     assert run("--worlds", "1") == 1
@@ -103,6 +108,7 @@ def dies_of_another_hand(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+@pytest.mark.slow
 def test_a_rank_that_somebody_else_kills_is_no_kill_of_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +127,7 @@ def lingers(argv: Sequence[str]) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_a_kill_that_comes_after_the_end_is_none(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +138,7 @@ def test_a_kill_that_comes_after_the_end_is_none(
     assert said.count(" equal") == 4
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_no_rank_behind(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "ddpm_dist.verify", *SHORT, "--worlds", "2", "--keep", str(tmp_path)]
     lines = tmp_path / "undisturbed" / "metrics.jsonl"

@@ -316,6 +316,7 @@ def test_workers_end_when_training_stops_early() -> None:
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
+@pytest.mark.slow
 def test_run_with_loader_workers_exits_when_it_has_ended(tmp_path: Path, end: str) -> None:
     """A real process: at its exit Python waits for all children, and these do not obey SIGTERM."""
     steps = 3 if end == "finished" else 100_000

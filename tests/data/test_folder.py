@@ -456,6 +456,7 @@ def forget_the_key(run: Path) -> None:
     manifest.write_text(json.dumps(facts))
 
 
+@pytest.mark.slow
 def test_run_of_an_older_version_on_grey_pictures_goes_on_in_rgb(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -39,6 +39,7 @@ def untimed(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "layout", [LAYOUTS[0], LAYOUTS[11], LAYOUTS[21], LAYOUTS[30]], ids=lambda layout: "-".join(layout.values())
 )
+@pytest.mark.slow
 def test_one_state_on_1_2_4_and_8_ranks(tmp_path: Path, layout: dict[str, str]) -> None:
     runs = end_on_each_world(tmp_path, layout, steps=30)
     for run in runs[1:]:
@@ -53,6 +54,7 @@ def test_shards_need_not_be_a_power_of_two(tmp_path: Path, shards: int) -> None:
     assert [state_differences(one, other) for other in others] == [[], []]
 
 
+@pytest.mark.slow
 def test_killed_and_moved_from_4_to_1_to_2_to_8_ranks(tmp_path: Path) -> None:
     options = (*BITWISE, "train.max_steps=80", "checkpoint.every=5", "model.dropout=0.1", "optim.grad_clip=0.5")
     undisturbed = train(2, tmp_path, *options, name="undisturbed")
@@ -84,6 +86,7 @@ def nan_in_shard_6(argv: Sequence[str]) -> int:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.slow
 def test_nan_in_one_shard_is_skipped_alike_on_any_number_of_ranks(tmp_path: Path, precision: str) -> None:
     options = (*BITWISE, "train.max_steps=8", f"train.precision={precision}")
     runs = [train(size, tmp_path, *options, name=f"w{size}", function=nan_in_shard_6) for size in (1, 4)]
@@ -105,6 +108,7 @@ def has_dropout_follow_the_rank(argv: Sequence[str]) -> int:
     return call_train_attentive(argv)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_layout_that_is_wrong(tmp_path: Path) -> None:
     options = (*BITWISE, "train.max_steps=2", "model.dropout=0.1")
     runs = [train(size, tmp_path, *options, name=f"w{size}", function=has_dropout_follow_the_rank) for size in (1, 2)]
@@ -130,14 +134,17 @@ def interrupt_stream(root: Path, world_size: int, function: Callable[[Sequence[s
 
 
 @pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.slow
 def test_stream_mode_resumes_to_the_bit_on_three_and_more_ranks(tmp_path: Path, world_size: int) -> None:
     assert interrupt_stream(tmp_path, world_size, call_train) == []
 
 
+@pytest.mark.slow
 def test_without_the_warm_up_it_would_not(tmp_path: Path) -> None:
     assert interrupt_stream(tmp_path, 4, forgets_to_warm_up) != []
 
 
+@pytest.mark.slow
 def test_a_resume_that_would_round_otherwise_is_refused_key_by_key(tmp_path: Path) -> None:
     train(2, tmp_path, *BITWISE, "train.max_steps=2")
     with start(2, tmp_path, *BITWISE, "train.max_steps=4", "train.threads=2") as job:
@@ -167,6 +174,7 @@ def another_torch_on_rank_1(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
     with start(2, tmp_path, *BITWISE, "train.max_steps=2", function=another_torch_on_rank_1) as job:
         assert job.wait() == [78, 78]
@@ -177,6 +185,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
         assert "rounded otherwise (on rank 1)" in job.output()
 
 
+@pytest.mark.slow
 def test_stream_mode_warns_and_goes_on(tmp_path: Path) -> None:
     with start(1, tmp_path, "train.max_steps=2", "train.threads=null") as job:
         assert job.wait() == [0]
@@ -192,6 +201,7 @@ def test_stream_mode_warns_and_goes_on(tmp_path: Path) -> None:
         assert job.wait() == [78]
 
 
+@pytest.mark.slow
 def test_the_contract_is_in_every_checkpoint(tmp_path: Path) -> None:
     run = train(1, tmp_path, *BITWISE, "train.max_steps=2", "checkpoint.every=1")
     for step in committed(run):

@@ -12,6 +12,8 @@ from harness import call_train, committed, differences, final_state, metrics, st
 
 from ddpm_dist.data.batches import Batch, StepBatches
 
+pytestmark = pytest.mark.slow
+
 RUN = ("train.max_steps=8", "train.log_every=2", "checkpoint.every=4")
 
 

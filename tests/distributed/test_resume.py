@@ -84,6 +84,7 @@ def train_with_huge_scale(argv: Sequence[str]) -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, world_size: int) -> None:
     # fp16 convolutions are some 40 times slower on a CPU than fp32 ones: tiny images.
     images = tmp_path / "images"
@@ -103,6 +104,7 @@ def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, 
     assert state_differences(undisturbed, killed) == []
 
 
+@pytest.mark.slow
 def test_metrics_of_an_interrupted_run_are_those_of_an_undisturbed_one(tmp_path: Path) -> None:
     overrides = (*RUN, "train.log_every=5")  # a window of 5 steps is cut by a checkpoint at 7
     undisturbed = train(2, tmp_path, *overrides, name="undisturbed")
@@ -129,6 +131,7 @@ def test_metrics_of_an_interrupted_run_are_those_of_an_undisturbed_one(tmp_path:
         (signal.SIGHUP, 1),
     ],
 )
+@pytest.mark.slow
 def test_signal_to_one_rank_stops_all_at_the_same_step_and_loses_none(
     tmp_path: Path, number: signal.Signals, rank: int
 ) -> None:
@@ -148,6 +151,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step_and_loses_none(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_finished_run_exits_0_and_touches_nothing(tmp_path: Path, world_size: int) -> None:
     run = train(world_size, tmp_path, "train.max_steps=4", "preview.num_images=4", "preview.steps=2")
     before = snapshot(run)
@@ -174,6 +178,7 @@ def test_larger_target_is_refused_where_it_would_move_a_cosine(tmp_path: Path) -
     }
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """Stream mode: the same images, timesteps and noise; only rounding may differ."""
     overrides = ("train.max_steps=30", "checkpoint.every=10", "train.precision=fp32")

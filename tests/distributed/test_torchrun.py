@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from harness import TINY, committed, metrics, state_differences, status, train
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from harness import metrics, state_differences, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from harness import (
     call_train_hastily,
     committed,
@@ -19,6 +20,8 @@ from harness import (
     train,
     wait_for_step,
 )
+
+pytestmark = pytest.mark.slow
 
 SHORT = ("train.max_steps=150", "checkpoint.every=20", "train.log_every=1")
 LONG = ("train.max_steps=100000", "checkpoint.every=10", "train.log_every=1")

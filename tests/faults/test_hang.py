@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import Job, call_train, committed, start, status, wait_for_step
+
+pytestmark = pytest.mark.slow
 
 TIMEOUT = 4.0
 LONG = ("train.max_steps=100000", "train.log_every=1", "checkpoint.every=5", f"distributed.timeout_seconds={TIMEOUT}")

@@ -11,6 +11,8 @@ import pytest
 from campaign import DAMAGES, RUN, crash_points, newest_checkpoint, random_kills
 from harness import call_train_hastily, committed, metrics, start, state_differences, train, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("seed", [1])
 def test_random_kills_change_nothing(tmp_path: Path, seed: int) -> None:

@@ -67,11 +67,13 @@ def holds(run: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.slow
 def test_a_run_without_its_log_finishes_with_the_same_bits(sink: str, tmp_path: Path, undisturbed: Path) -> None:
     assert ends_with(train_command(tmp_path, *SHORT), sink) == 0
     holds(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_its_loader_worker_and_its_shipper_go_on_without_a_log(tmp_path: Path, undisturbed: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     options = ("data.num_workers=1", "tracking.enabled=true", f"tracking.uri={uri}")
@@ -82,6 +84,7 @@ def test_its_loader_worker_and_its_shipper_go_on_without_a_log(tmp_path: Path, u
 
 
 @pytest.mark.parametrize("sink", ["<&- >&- 2>&-", BOTH_FULL])
+@pytest.mark.slow
 def test_a_stop_signal_is_obeyed_without_a_log(sink: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(train_command(tmp_path, "train.max_steps=100000"), sink) as process:
@@ -96,6 +99,7 @@ def test_a_refused_config_keeps_its_exit_code_where_nobody_can_read_why(sink: st
     assert ends_with(train_command(tmp_path, "optim.lrr=3"), sink) == 78
 
 
+@pytest.mark.slow
 def test_an_unusable_data_set_keeps_its_exit_code_too(tmp_path: Path) -> None:
     nowhere = ("data.name=mnist", "data.download=false", f"data.root={tmp_path / 'none'}")
     assert ends_with(train_command(tmp_path, *nowhere), BOTH_FULL) == 65
@@ -103,6 +107,7 @@ def test_an_unusable_data_set_keeps_its_exit_code_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sink", ["<&- >&- 2>&-", BOTH_FULL])
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_finish_without_a_log(sink: str, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert ends_with([*launcher, *train_command(tmp_path, *SHORT)[1:]], sink) == 0
@@ -110,6 +115,7 @@ def test_two_ranks_of_torchrun_finish_without_a_log(sink: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("sink", [">&- 2>&-", BOTH_FULL, NO_READER])
+@pytest.mark.slow
 def test_the_start_script_finishes_without_a_log(sink: str, tmp_path: Path) -> None:
     script = [str(ROOT / "launch" / "torchrun.sh"), *train_command(tmp_path, *SHORT)[3:]]
     with started(script, sink, PYTHON=sys.executable, NPROC="2") as process:

@@ -24,6 +24,8 @@ from harness import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2")
 
 

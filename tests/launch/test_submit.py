@@ -217,6 +217,7 @@ def test_times_as_sbatch_takes_them(text: str, minutes: int) -> None:
     assert minutes_of("--time", text) == minutes
 
 
+@pytest.mark.slow
 def test_local_trains_as_many_ranks_and_keeps_the_pickles_private(tmp_path: Path) -> None:
     keys = (*TINY, f"run.root={tmp_path}", "run.name=local", "train.max_steps=6", "optim.warmup_steps=2")
     argv = [sys.executable, "-m", "launch.submit", *QUICK, "--cluster=local", "--tasks-per-node=2", "--wait", *keys]
@@ -229,6 +230,7 @@ def test_local_trains_as_many_ranks_and_keeps_the_pickles_private(tmp_path: Path
     assert list(folder.rglob("*.pkl"))
 
 
+@pytest.mark.slow
 def test_debug_trains_in_this_very_process(tmp_path: Path) -> None:
     keys = (*TINY, f"run.root={tmp_path}", "run.name=debug", "train.max_steps=3", "optim.warmup_steps=2")
     code = (

@@ -41,6 +41,7 @@ def slow_rank_zero() -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_work_of_rank_zero_may_take_longer_than_any_timeout(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, 3, slow_rank_zero) == [0, 0, 0]
 
@@ -57,6 +58,7 @@ def silent_rank_zero() -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_rank_zero_that_hangs_is_noticed_within_the_timeout(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, 2, silent_rank_zero) == [0, 7]
 

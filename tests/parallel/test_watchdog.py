@@ -158,5 +158,6 @@ def test_a_process_that_hangs_is_ended_and_says_why(
     assert ("last words: no step ended" in output) == (function in (armed, stepping))
 
 
+@pytest.mark.slow
 def test_a_process_that_may_take_long_is_left_alone(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, 1, patient) == [0]

@@ -45,6 +45,7 @@ def perturbed(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.slow
 def test_any_change_in_a_part_changes_its_digest_and_no_other(checkpoint: Checkpoint, part: str) -> None:
     before = digests(checkpoint)
     paths = leaves(getattr(checkpoint, PARTS[part]))

@@ -72,6 +72,7 @@ def held(directory: Path, **facts: Any) -> Iterator[Lease]:
         lease.release()
 
 
+@pytest.mark.slow
 def test_of_100_simultaneous_claims_exactly_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And again one when all find the same dead holder."""
     monkeypatch.setattr(leases, "STALE_SECONDS", 60.0)  # among 100 processes the holder's thread may wait for a core

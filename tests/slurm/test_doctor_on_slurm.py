@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(120)]
 
 
 def doctor(cluster: Cluster, root: Path, *argv: str) -> tuple[int, str]:

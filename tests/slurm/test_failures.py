@@ -12,7 +12,7 @@ from submitted import ONE_NODE, RUN, SubmittedRun
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
 def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, reference: Path) -> None:

@@ -16,7 +16,7 @@ from cluster import PROJECT, Cluster, cluster_of, local_cluster, why_no_slurm
 from launch.local_cluster.description import load
 from launch.local_cluster.processes import all_pids, command_of, environment_of
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(200)]
 
 
 def tasks(cluster: Cluster, node: str) -> int:

@@ -9,7 +9,7 @@ import pytest
 from cluster import Cluster, cluster_of
 from submitted import ONE_NODE, RUN, STEPS, SubmititRun, SubmittedRun
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

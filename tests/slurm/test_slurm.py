@@ -18,7 +18,7 @@ from harness import TINY, committed, metrics, snapshot, state_differences, statu
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(200)]
 
 CONFIG = "configs/quickstart.yaml"
 SHORT = ("train.max_steps=6", "checkpoint.every=3", "optim.warmup_steps=2")

@@ -14,7 +14,7 @@ from submitted import CONFIG, RUN, STEPS
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
 def test_a_sweep_is_an_array_whose_tasks_come_back_one_by_one(cluster: Cluster, tmp_path: Path) -> None:

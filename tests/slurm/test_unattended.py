@@ -9,7 +9,7 @@ import pytest
 from harness import metrics
 from submitted import SubmittedRun
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 @pytest.mark.parametrize("name", ["lead", "limit"])

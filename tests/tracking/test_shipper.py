@@ -38,6 +38,8 @@ from ddpm_dist.tracking.delivery import follow
 from ddpm_dist.tracking.destination import prepare_client
 from ddpm_dist.tracking.shipper import METRICS, RECORDS_PER_BATCH, NotDelivered, Shipper
 
+pytestmark = pytest.mark.slow
+
 RUN = ("tracking.enabled=true", "checkpoint.every=7")
 LONG = (*RUN, "train.max_steps=60")
 
