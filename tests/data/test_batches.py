@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +26,7 @@ from ddpm_dist.data.batches import Batch, StepBatches, iterate
 from ddpm_dist.data.folder import ImageFolder
 from ddpm_dist.data.in_memory import ImagesInMemory
 from ddpm_dist.errors import DataError
+from ddpm_dist.run.preemption import SIGNALS
 
 NUM_SHARDS = 8
 BATCH_SIZE = 16
@@ -229,6 +232,17 @@ def test_iterating_from_a_step_gives_the_tail_of_iterating_from_zero(num_workers
         tail = list(iterate(make(flip=True), start, stop, num_workers, pin_memory=False))
         assert len(tail) == stop - start
         assert all(equal(one, other) for one, other in zip(tail, whole[start:], strict=True))
+
+
+def test_a_loader_worker_that_gets_a_stop_signal_goes_on() -> None:
+    """Launchers and terminals signal whole process groups, and the trainer needs its images until it has saved."""
+    with contextlib.closing(iterate(make(), 0, 40, num_workers=1, pin_memory=False)) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid is not None
+        for number in SIGNALS:
+            os.kill(worker.pid, number)
+        assert sum(1 for _ in batches) == 39
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

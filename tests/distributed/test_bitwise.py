@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness import (
 from nets import call_train_attentive
 
 from ddpm_dist.data.batches import Batch, StepBatches
+from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import read_metrics
 
 BITWISE = ("elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16")
@@ -164,6 +166,17 @@ def test_a_resume_that_would_round_otherwise_is_refused_key_by_key(tmp_path: Pat
     train(2, tmp_path, *BITWISE, "train.max_steps=5", "train.threads=2")
     with start(2, tmp_path, *BITWISE, "train.max_steps=6") as job:
         assert job.wait() == [78, 78]
+
+
+def test_a_machine_that_rounds_otherwise_than_the_one_before_is_refused(tmp_path: Path) -> None:
+    run = train(1, tmp_path, *BITWISE, "train.max_steps=2")
+    store = CheckpointStore(run / "checkpoints")
+    saved = store.load(2)
+    store.save(dataclasses.replace(saved, contract=saved.contract | {"canary": "0123456789abcdef"}), {})
+    with start(2, tmp_path, *BITWISE, "train.max_steps=4") as job:
+        assert job.wait() == [78, 78], job.output()
+        assert "this machine rounds otherwise" in job.output()
+    assert committed(run) == [2], "nothing was trained"
 
 
 def another_torch_on_rank_1(argv: Sequence[str]) -> int:

@@ -63,6 +63,13 @@ def test_many_attempts_show_a_smaller_difference() -> None:
     assert named(outcomes) == [("x",)]
 
 
+def test_of_many_nodes_one_looks_bad_by_chance_and_is_not_named() -> None:
+    """3 deaths of 10 attempts would be unlikely (p = 0.03) if x had been singled out before anybody looked."""
+    others = [outcome for name in "abcdefgh" for outcome in [lived(name)] * 9]
+    others += [died(name) for name in "abcd"] + [lived(name) for name in "efgh"]
+    assert named([died("x")] * 3 + [lived("x")] * 7 + others) == []
+
+
 def test_company_of_a_bad_node_is_not_named() -> None:
     """`a` was in both deaths too, but only together with x."""
     outcomes = [died("a", "x"), died("a", "x"), lived("a", "b"), lived("b", "c"), lived("c", "b")]

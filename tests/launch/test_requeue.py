@@ -257,9 +257,11 @@ def test_the_bounds_hold_where_the_log_cannot_be_written(job: Job, code: int, at
     assert "in a row" in said
 
 
-@pytest.mark.parametrize("form", ["standard", "relative", "%H:%M:%S"])
-def test_preemption_is_seen_whatever_time_format_the_user_likes(job: Job, form: str) -> None:
-    time = '$([ "$SLURM_TIME_FORMAT" = standard ] && echo 2026-11-23T18:42:25 || echo 14:31:07)'
+@pytest.mark.parametrize(
+    ("form", "shown"), [("standard", ""), ("relative", "Ystday 18:42"), ("%H:%M:%S", "18:42:25"), ("%A", "Monday")]
+)
+def test_preemption_is_seen_whatever_time_format_the_user_likes(job: Job, form: str, shown: str) -> None:
+    time = f'$([ "$SLURM_TIME_FORMAT" = standard ] && echo 2026-11-23T18:42:25 || echo {shown})'
     fields = f"JobId=7 JobState=COMPLETING Reason=None Requeue=1 Restarts=0 PreemptTime={time}"
     job.script("scontrol", f'echo "$@" >>{job.root}/asked; [ "$1" = requeue ] || echo "{fields}"')
     job.status(state="preempted", exit_code=75, saved_step=3)
@@ -327,3 +329,16 @@ def test_a_job_that_began_under_an_earlier_version_goes_on_counting(job: Job) ->
     job.slurm(restarts=24)
     assert job.end(1, 24) == (75, "slurm: job 7, restart 24: preempted: requeued\n")
     assert job.requeued() == 1
+
+
+def test_attempts_of_an_earlier_submission_do_not_count(job: Job) -> None:
+    """The same run, submitted anew: its slurm.log holds the lines of other jobs."""
+    for restart in range(2):
+        job.slurm(restarts=restart)
+        assert job.attempt(1, restart)[0] == 1
+    (job.root / "asked").unlink()
+    for restart in range(2):
+        job.slurm(restarts=restart)
+        job.status(restart=restart, slurm_job="8", state="preempted", exit_code=75, saved_step=3)
+        said = job.attempt(1, restart, SLURM_JOB_ID="8", MAX_REQUEUES="2")[1]
+    assert (job.root / "asked").read_text().count("requeue 8") == 2, said

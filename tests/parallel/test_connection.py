@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +100,19 @@ def leave_without_rank_one() -> int:
 
 def test_a_rank_that_does_not_come_to_leave_is_not_waited_for_longer_than_the_timeout(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, 2, leave_without_rank_one) == [0, 0]
+
+
+def test_rank_zero_which_may_host_the_store_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store and a watchdog that are only looked at here: rank 1 is this thread."""
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    store, watchdog = HashStore(), SimpleNamespace(close=lambda: None)
+    values: dict[str, Any] = {"device": torch.device("cpu"), "group_timeout": timedelta(seconds=30), "nodes": ["a"]}
+    values |= {"timeout_seconds": 30.0, "watchdog": watchdog, "store": store, "heartbeats": store, "flags": None}
+    rank_zero = threading.Thread(target=connection.Connection(rank=0, world_size=2, **values).leave, daemon=True)
+    rank_zero.start()
+    store.add("arrived", 1)
+    rank_zero.join(0.5)
+    assert rank_zero.is_alive(), "rank 1 has come, and still needs the store to say that it has left"
+    store.add("left", 1)
+    rank_zero.join(20)
+    assert not rank_zero.is_alive()

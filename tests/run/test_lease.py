@@ -223,3 +223,20 @@ def test_a_disk_without_room_does_not_end_the_holder(tmp_path: Path, monkeypatch
         time.sleep(0.5)
         lease.check()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "is_free"), [("7", "1", True), ("7", "0", False), ("8", "1", False), ("", "1", False)]
+)
+def test_an_earlier_restart_of_this_job_is_over_wherever_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, restart: str, is_free: bool
+) -> None:
+    """SLURM has started the job again, so it holds the attempt before for dead, though its node may be cut off."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with held(tmp_path):
+        pass
+    facts = json.loads((tmp_path / "00001.json").read_text()) | {"host": "elsewhere", "ended": None}
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    assert leases.seems_alive(facts) is not is_free

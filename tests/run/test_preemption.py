@@ -179,14 +179,22 @@ while not stop.requested() and time.monotonic() < end:
 (note / "partial").write_text(stop.received.name if stop.received else "none")
 (note / "partial").rename(note / "received")
 """
+HANGING_WORKER = WORKER.replace("while not stop.requested() and", "while")
 LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', *sys.argv[1:]])\n"
 
 
+def is_running(pid: int) -> bool:
+    """Not so for a zombie that nobody has waited for yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 @contextlib.contextmanager
-def orphan(folder: Path, under_launcher: bool) -> Iterator[None]:
+def orphan(folder: Path, under_launcher: bool, worker: str = WORKER) -> Iterator[None]:
     """A worker whose launcher was killed with -9."""
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, WORKER, str(under_launcher), str(folder)], env=ENVIRONMENT
+        [sys.executable, "-c", LAUNCHER, worker, str(under_launcher), str(folder)], env=ENVIRONMENT
     )
     try:
         try:
@@ -206,6 +214,14 @@ def test_a_worker_is_asked_to_stop_when_its_launcher_is_killed(tmp_path: Path) -
     with orphan(tmp_path, under_launcher=True):
         assert wait_for((tmp_path / "received").exists)
         assert (tmp_path / "received").read_text() == "SIGTERM"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_worker_that_cannot_stop_does_not_outlive_its_launcher_for_long(tmp_path: Path) -> None:
+    """Its main thread may hang in a collective with ranks that are gone."""
+    with orphan(tmp_path, under_launcher=True, worker=HANGING_WORKER):
+        pid = int((tmp_path / "pid").read_text())
+        assert wait_for(lambda: not is_running(pid), 20)
 
 
 def test_a_run_started_by_hand_outlives_its_shell(tmp_path: Path) -> None:
