@@ -25,9 +25,9 @@ from ddpm_dist.data.batches import Batch
 from ddpm_dist.parallel.environment import read_environment
 from ddpm_dist.parallel.local import LocalRanks
 from ddpm_dist.parallel.ranks import Ranks
-from ddpm_dist.training.build import build_trainer
+from ddpm_dist.training.assembly import build_trainer
 from ddpm_dist.training.precision import resolve
-from ddpm_dist.training.trainer import Trainer
+from ddpm_dist.training.step import Trainer
 
 MODES = ("stream", "bitwise")
 
@@ -64,7 +64,7 @@ def _trainer(ranks: Ranks, mode: str, channels: int, batch: int, shards: int) ->
     micro = [] if mode == "bitwise" else [f"train.micro_batch_size={batch // shards}"]
     sizes = [f"model.channels={channels}", f"data.batch_size={batch}", f"elastic.shards={shards}"]
     config = load_config(None, [f"elastic.mode={mode}", "train.precision=fp32", *sizes, *micro])
-    return build_trainer(config, ranks, resolve(config.train, ranks.device), image_channels=1, decay_steps=None)
+    return build_trainer(config, ranks, resolve(config.train, ranks.device), image_shape=(1, 28, 28))
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:

@@ -20,7 +20,7 @@ from ddpm_dist.data.batches import Batch
 from ddpm_dist.models.unet import UNet
 from ddpm_dist.parallel.environment import cpu_threads, read_environment
 from ddpm_dist.parallel.ranks import Ranks
-from ddpm_dist.training.build import build_trainer
+from ddpm_dist.training.assembly import build_trainer
 from ddpm_dist.training.precision import resolve
 
 STEPS_PER_ROUND = 3
@@ -40,7 +40,7 @@ def trainer_step(channels: int, batch: Batch, *overrides: str) -> Callable[[], N
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = Ranks(read_environment({}), device, 60.0, lambda: False)
     numerics = resolve(config.train, device)
-    trainer = build_trainer(config, ranks, numerics, image_channels=1, decay_steps=None)
+    trainer = build_trainer(config, ranks, numerics, image_shape=(1, 28, 28))
     return lambda: trainer.train_step(batch)
 
 
@@ -49,7 +49,7 @@ def bare_step(channels: int, batch: Batch) -> Callable[[], None]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = UNet(channels=channels).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
-    _, t, noise = (part.to(device) for part in batch)
+    t, noise = batch.t.to(device), batch.noise.to(device)
 
     def step() -> None:
         torch.nn.functional.mse_loss(model(noise, t), noise).backward()

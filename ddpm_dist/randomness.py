@@ -1,4 +1,4 @@
-"""Derived randomness: every random number is a function of (seed, step, shard) or the like, never of history.
+"""Derived randomness: every random number is a function of (seed, step, shard) or the like, never of earlier draws.
 
 Nothing about random generators is ever saved, so nothing about them can be forgotten on resume.
 """

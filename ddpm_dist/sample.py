@@ -27,8 +27,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__)
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
     parser.add_argument("--num", type=int, default=64, help="number of images [64]")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddim [default], or all timesteps")
-    parser.add_argument("--steps", type=int, help="timesteps that ddim visits [50]")
+    parser.add_argument("--sampler", default="ddim", help="ddim [default], or ddpm, which visits all timesteps")
+    parser.add_argument("--steps", type=int, help="timesteps that the sampler visits [50]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     parser.add_argument("--step", type=int, help="which checkpoint [the newest valid one]")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
@@ -59,8 +59,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--num {args.num}: expected at least 1")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: expected at least 0")
-    if args.steps is not None and args.sampler == "ddpm":
-        raise ConfigError("--steps: only for --sampler ddim; ddpm visits all timesteps")
     if args.out and not args.out.endswith("/") and Path(args.out).suffix not in ("", ".png", ".npz"):
         raise ConfigError(f"--out {args.out}: expected grid.png, images.npz or a folder/")
     if not args.run_directory.is_dir():
@@ -71,48 +69,37 @@ def _sample(args: argparse.Namespace) -> Path:
     import torch
     from tqdm import tqdm
 
-    from ddpm_dist.config import from_flat
-    from ddpm_dist.evaluation.sampling import num_model_calls, sample_blocks
+    from ddpm_dist.diffusion.samplers import SAMPLERS
+    from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
+    from ddpm_dist.loading import load_run
     from ddpm_dist.parallel.environment import cpu_threads, read_environment
-    from ddpm_dist.run.directory import RunDirectory
-    from ddpm_dist.run.store import CheckpointStore
-    from ddpm_dist.training.build import build_diffusion, build_model
     from ddpm_dist.training.precision import configure_backends
 
-    directory = RunDirectory(args.run_directory)
-    if not directory.config_file.exists():
-        raise DataError(f"{directory.path}: no run here (no config.yaml)")
-    store = CheckpointStore(directory.checkpoints)
-    if args.step is not None:
-        checkpoint = store.load(args.step)
-    elif found := store.newest_valid():
-        checkpoint = found.checkpoint
-    else:
-        raise DataError(f"{directory.checkpoints}: no checkpoint yet")
-    config, shape = from_flat(checkpoint.config), checkpoint.contract["image_shape"]
-
-    configure_backends(config.train, cpu_threads(read_environment()))  # as in the run
+    if args.sampler not in SAMPLERS:
+        raise ConfigError(f"--sampler {args.sampler}: expected one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[args.sampler]
+    if args.steps is not None and not sampler.takes_steps:
+        raise ConfigError(f"--steps: not for --sampler {args.sampler}, which visits all timesteps")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    # As in the run, so that the images are those of its previews.
-    model = build_model(config, shape[0], device, checkpoint.contract["channels_last"]).eval()
-    model.load_state_dict(checkpoint.ema)
-    diffusion = build_diffusion(config, device)
-    steps = args.steps if args.steps is not None else min(50, diffusion.num_timesteps)
-    if not 1 <= steps <= diffusion.num_timesteps:
-        raise ConfigError(f"--steps {steps}: expected 1 .. {diffusion.num_timesteps}")
+    run = load_run(args.run_directory, args.step, device=device)
+    configure_backends(run.config.train, cpu_threads(read_environment()))  # as in the run
+    num_timesteps = run.process.num_timesteps
+    steps = args.steps if args.steps is not None else min(50, num_timesteps)
+    if not 1 <= steps <= num_timesteps:
+        raise ConfigError(f"--steps {steps}: expected 1 .. {num_timesteps}")
 
-    out = Path(args.out or directory.samples / f"{args.sampler}-seed{args.seed}-step-{checkpoint.step:08d}.png")
-    total = num_model_calls(args.num, args.sampler, steps, diffusion.num_timesteps)
+    out = Path(args.out or run.directory.samples / f"{args.sampler}-seed{args.seed}-step-{run.step:08d}.png")
+    total = num_model_calls(args.num, sampler, steps, num_timesteps)
     with tqdm(total=total, unit="call", desc=f"{args.num} images", disable=None) as bar:
-        blocks = sample_blocks(
-            model,
-            diffusion,
-            shape=(shape[0], shape[1], shape[2]),
+        blocks = generate_blocks(
+            run.denoiser(sampler.clip),
+            run.process,
+            sampler,
+            shape=run.image_shape,
             num=args.num,
             seed=args.seed,
-            sampler=args.sampler,
             steps=steps,
             device=device,
             on_step=lambda: bar.update() and None,

@@ -103,10 +103,10 @@ def _train(config: Config, env: RankEnvironment) -> int:
     drop_what_cannot_be_written("stdout")
     # Before torch is imported: a signal that arrives meanwhile is remembered.
     stop = StopSignal().install(under_launcher=env.launcher != "none")
-    from ddpm_dist.training.job import explain, run_job
+    from ddpm_dist.training.session import explain, run_session
 
     try:
-        return run_job(config, env, stop)
+        return run_session(config, env, stop)
     except Exception as error:
         code, text = explain(error, env.rank)
         if text:

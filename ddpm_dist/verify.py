@@ -202,7 +202,7 @@ class Rehearsal:
             victim = self._draw.choice(["all ranks", *(f"rank {rank}" for rank in range(world_size))])
         argv = [*self._command, f"run.name={name}"]
         log = self._root / f"{name}.log"
-        with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.job"]) as ranks:
+        with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.session"]) as ranks:
             number = 1 + len(read_attempts(run / "attempts"))
             while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at and store.committed()):
                 time.sleep(

@@ -14,12 +14,12 @@ from urllib.parse import urlparse
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
-from ddpm_dist.tracking.process import choose_uri
+from ddpm_dist.tracking.address import choose_uri
 
 NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "cifs", "smb", "panfs", "weka", "9p", "virtiofs", "afs")
 MAX_MEASURED_BYTES = 2**28
 STATE_COPIES = 4  # weights, their average and Adam's two moments
-IMAGE_CHANNELS = 3  # at most
+IMAGE_SHAPE = (3, 32, 32)  # the size of the weights hardly depends on it
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,11 @@ def checkpoint_bytes(config: Config) -> int:
     """The size of a checkpoint: weights, average and moments in float32. The network takes no memory here."""
     import torch
 
-    from ddpm_dist.models.unet import UNet
+    from ddpm_dist.build import build_model, check_names
 
+    check_names(config)
     with torch.device("meta"):
-        model = UNet(IMAGE_CHANNELS, config.model.channels, config.model.time_embed_dim, config.model.dropout)
+        model = build_model(config, IMAGE_SHAPE, 0, torch.device("meta"), channels_last=False)
     return STATE_COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
 
 

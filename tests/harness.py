@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -69,7 +70,7 @@ class Job(LocalRanks):
     """Ranks of the train command, or of whatever function a test brings."""
 
     def __init__(self, world_size: int, log: Path, function: Callable[..., int], args: tuple[Any, ...]) -> None:
-        preload = ["ddpm_dist.training.job", "torch._dynamo", "matplotlib.figure"]
+        preload = ["ddpm_dist.training.session", "torch._dynamo", "matplotlib.figure"]
         super().__init__(world_size, log, _as_launched, (world_size, function, args), preload)
 
     @staticmethod
@@ -143,6 +144,16 @@ def wait_until(condition: Callable[[], bool], what: Callable[[], str], timeout: 
 
 def status(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "status.json").read_text()))
+
+
+def write_status(run: Path, state: str, step: int, attempt: int = 1, exit_code: int | None = None) -> None:
+    """A status.json as rank 0 would leave it, put in place at once."""
+    facts = {"state": state, "step": step, "attempt": attempt, "reason": "", "exit_code": exit_code, "target": step}
+    facts |= {"saved_step": step, "without_progress": 0, "world_size": 1, "time": time.time()}
+    facts |= {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": None, "slurm_restart": None}
+    beside = run / ".status.new"
+    beside.write_text(json.dumps(facts))
+    beside.replace(run / "status.json")
 
 
 def committed(run: Path) -> list[int]:

@@ -41,8 +41,12 @@ class AttentiveUNet(UNet):
 
 
 def call_train_attentive(argv: Sequence[str]) -> int:
-    from ddpm_dist.training import build
+    from ddpm_dist.models.networks import NETWORKS, Network
 
-    module: Any = build
-    module.UNet = AttentiveUNet
-    return call_train(argv)
+    NETWORKS["attentive"] = Network(
+        lambda model, image_shape, num_classes: AttentiveUNet(
+            image_shape[0], model.channels, model.time_embed_dim, model.dropout
+        ),
+        size_divisor=4,
+    )
+    return call_train([*argv, "model.name=attentive"])

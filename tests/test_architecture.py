@@ -315,7 +315,7 @@ def test_only_the_destination_imports_mlflow() -> None:
     assert importers == {"ddpm_dist.tracking.destination"}
 
 
-@pytest.mark.parametrize("command", ["train", "training.job"])
+@pytest.mark.parametrize("command", ["train", "training.session"])
 def test_the_trainer_never_loads_the_shipper(command: str) -> None:
     """Not even in a branch of a function: the shipper is a process of its own."""
     reached = loaded_with(f"{PACKAGE}.{command}", deferred_too=True)

@@ -63,13 +63,13 @@ def test_stream_mode_is_proved_on_one_number_of_ranks(capfd: pytest.CaptureFixtu
 
 def rounds_otherwise_on_two_ranks(argv: Sequence[str]) -> int:
     if os.environ["WORLD_SIZE"] == "2":
-        from ddpm_dist.training.trainer import Trainer
+        from ddpm_dist.training.step import Trainer
 
         step = Trainer.train_step
 
         def nudged(self: Trainer, batch: object) -> None:
             step(self, batch)  # type: ignore[arg-type]
-            self._parameters[0].data.view(-1)[0] += 1e-6
+            next(iter(self.model.parameters())).data.view(-1)[0] += 1e-6
 
         Trainer.train_step = nudged  # type: ignore[method-assign]
     return call_train(argv)

@@ -3,7 +3,7 @@
 No torch is imported here, so that a mistake is answered at once.
 """
 
-from ddpm_dist.config.checks import check_world_size
+from ddpm_dist.config.checks import check_world_size, cosine_end
 from ddpm_dist.config.reading import load_config
 from ddpm_dist.config.schema import (
     CheckpointConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "TrainConfig",
     "changes",
     "check_world_size",
+    "cosine_end",
     "describe_keys",
     "from_flat",
     "keys",

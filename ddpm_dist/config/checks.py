@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ddpm_dist.config.schema import Config
+from ddpm_dist.config.schema import Config, OptimConfig
 from ddpm_dist.errors import ConfigError
 
 
@@ -38,9 +38,9 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"data.image_size={data.image_size or 'null'}: data.name=folder needs a multiple of 4, like 64"
         )
-    if config.model.channels % 8:
+    if config.model.name == "unet" and config.model.channels % 8:
         raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
-    if config.model.time_embed_dim % 2:
+    if config.model.name == "unet" and config.model.time_embed_dim % 2:
         raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
     if config.diffusion.beta_start > config.diffusion.beta_end:
         raise ConfigError(
@@ -51,11 +51,28 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
         )
-    decay = config.optim.decay_steps or config.train.max_steps
-    if config.optim.schedule == "cosine" and decay is not None and decay <= config.optim.warmup_steps:
+    known = config.optim.decay_steps or config.train.max_steps  # else it depends on the number of images
+    if known is not None:
+        cosine_end(config.optim, known)
+
+
+def cosine_end(optim: OptimConfig, target: int) -> int | None:
+    """The step at which the cosine reaches 0; None for a constant rate.
+
+    Args:
+        target: the step at which the run is finished.
+
+    Raises:
+        ConfigError: that is within the warm-up.
+    """
+    if optim.schedule != "cosine":
+        return None
+    end = optim.decay_steps or target
+    if end <= optim.warmup_steps:
         raise ConfigError(
-            f"optim.warmup_steps={config.optim.warmup_steps}: must be below the step at which the cosine ends, {decay}"
+            f"optim.warmup_steps={optim.warmup_steps}: must be below the step at which the cosine ends, {end}"
         )
+    return end
 
 
 def check_world_size(config: Config, world_size: int) -> None:

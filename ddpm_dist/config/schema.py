@@ -74,6 +74,7 @@ def loader_workers(data: DataConfig) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    name: str = key("unet", "the network")
     channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
     time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
     dropout: float = key(0.0, "dropout inside each residual block", minimum=0.0, below=1.0)
@@ -82,8 +83,16 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DiffusionConfig:
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
+    schedule: str = key("linear", "shape of the betas")
+    prediction: str = key("eps", "what the network predicts; eps: the noise")
     beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
     beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    weighting: str = key("simple", "of the timesteps; simple: all alike")
+    timestep_sampler: str = key("uniform", "how the timestep of each image is drawn")
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class CheckpointConfig:
 class PreviewConfig:
     every: int = key(1000, "steps between sample grids (0: only at the end)", minimum=0, free=True)
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
-    sampler: Literal["ddim", "ddpm"] = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True)
+    sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True)
     steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
     seed: int = key(0, "seed of the grids; training noise is untouched by them", minimum=0, free=True)
 
@@ -175,6 +184,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -188,6 +198,10 @@ class Config:
     def directory(self) -> Path:
         """The run directory, run.root/run.name."""
         return Path(self.run.root) / self.run.name
+
+    def target(self, num_images: int) -> int:
+        """The step at which the run is finished."""
+        return self.train.max_steps or self.train.epochs * (num_images // self.data.batch_size)
 
 
 @dataclass(frozen=True)

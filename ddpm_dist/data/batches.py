@@ -7,7 +7,8 @@ that is changes nothing in what a shard contains.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ddpm_dist.data.datasets import Images
+from ddpm_dist.data.images import Images
+from ddpm_dist.diffusion.timesteps import TimestepSampler
 from ddpm_dist.errors import DataError
 from ddpm_dist.randomness import derive_seed, generator
 from ddpm_dist.run.preemption import ignore_in_child
@@ -28,15 +30,46 @@ class Batch(NamedTuple):
         images: uint8 [B, C, H, W] in [0, 255].
         t: int64 [B] in [0, T-1].
         noise: float32 [B, C, H, W], standard normal.
+        cond: what the network is conditioned on, each [B, ...]; empty without conditioning.
     """
 
     images: Tensor
     t: Tensor
     noise: Tensor
+    cond: Mapping[str, Tensor] = MappingProxyType({})
+
+    def parts(self, number: int) -> list[Batch]:
+        """As many consecutive parts of equal size, for instance the micro-batches of a step."""
+        images, t, noise = (whole.chunk(number) for whole in (self.images, self.t, self.noise))
+        conds = {name: whole.chunk(number) for name, whole in self.cond.items()}
+        return [
+            Batch(images[place], t[place], noise[place], {name: parts[place] for name, parts in conds.items()})
+            for place in range(number)
+        ]
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The batches one after the other as one batch. All have the same names in `cond`."""
+    images, t, noise = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "t", "noise"))
+    return Batch(
+        images, t, noise, {name: torch.cat([batch.cond[name] for batch in batches]) for name in batches[0].cond}
+    )
+
+
+def blank(images: Images, num: int) -> Batch:
+    """A batch of the right shapes and types whose images, timesteps and noise are all zero.
+
+    Args:
+        images: for their shape and the conditions of the first of them.
+        num: at most the number of images.
+    """
+    pixels = torch.zeros(num, *images.shape, dtype=torch.uint8)
+    t = torch.zeros(num, dtype=torch.int64)
+    return Batch(pixels, t, torch.zeros(pixels.shape), images.conditions(range(num)))
 
 
 class StepBatches(Dataset[Batch]):
-    """batches[step] for any step >= 0, in any order.
+    """This rank's part of the batch of any step: `batches[step]`, for steps >= 0 in any order.
 
     Args:
         images: the data set.
@@ -44,7 +77,7 @@ class StepBatches(Dataset[Batch]):
         batch_size: global, a multiple of num_shards.
         num_shards: V, the logical shards.
         shards: those that this rank computes.
-        num_timesteps: T.
+        timesteps: draws the timestep of each image.
         flip: mirror each image left-right with probability 1/2.
     """
 
@@ -56,14 +89,14 @@ class StepBatches(Dataset[Batch]):
         batch_size: int,
         num_shards: int,
         shards: range,
-        num_timesteps: int,
+        timesteps: TimestepSampler,
         flip: bool = False,
     ) -> None:
         assert batch_size % num_shards == 0, "config validation lets only multiples through"
         self._images, self._seed, self._shards = images, seed, shards
-        self._num_timesteps, self._flip = num_timesteps, flip
+        self._timesteps, self._flip = timesteps, flip
         self._per_shard = batch_size // num_shards
-        self.steps_per_epoch = len(images) // batch_size  # what is left over waits for another shuffle
+        self.steps_per_epoch = len(images) // batch_size  # other images are left over in the next epoch
         self._samplers: dict[int, DistributedSampler[int]] = {
             shard: DistributedSampler(
                 range(len(images)),  # type: ignore[arg-type]  # only its length is asked for
@@ -77,8 +110,7 @@ class StepBatches(Dataset[Batch]):
         self._order: tuple[int, dict[int, list[int]]] = (-1, {})
 
     def __getitem__(self, step: int) -> Batch:
-        parts = [self._shard(step, shard) for shard in self._shards]
-        return Batch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return join([self._shard(step, shard) for shard in self._shards])
 
     def indices(self, step: int, shard: int) -> list[int]:
         """Which images make up a shard of a step."""
@@ -91,17 +123,19 @@ class StepBatches(Dataset[Batch]):
         return self._order[1][shard][start : start + self._per_shard]
 
     def _shard(self, step: int, shard: int) -> Batch:
-        images = self._images.fetch(self.indices(step, shard))
+        indices = self.indices(step, shard)
+        images = self._images.fetch(indices)
         if self._flip:
             mirrored = torch.rand(len(images), generator=generator(self._seed, "flip", step, shard)) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         draw = generator(self._seed, "noise", step, shard)
-        t = torch.randint(0, self._num_timesteps, (len(images),), generator=draw)
-        return Batch(images, t, torch.randn(images.shape, generator=draw))
+        t = self._timesteps.draw(draw, len(images))
+        noise = torch.randn(images.shape, generator=draw)
+        return Batch(images, t, noise, self._images.conditions(indices))
 
 
 class _ErrorsAsValues(Dataset["Batch | DataError"]):
-    """Hands a DataError over as a value: raised in a worker process it would arrive wrapped in a traceback."""
+    """Hands a DataError over as a value: raised in a worker process, it would arrive wrapped in a traceback."""
 
     def __init__(self, batches: StepBatches) -> None:
         self._batches = batches
@@ -120,7 +154,7 @@ def _unchanged(batch: Any) -> Any:
 def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_memory: bool) -> Generator[Batch]:
     """Batches of the steps start .. stop - 1, made ahead by worker processes if there are any.
 
-    Close it when done: that ends the workers.
+    The caller closes it when it is done with it, which ends the workers.
 
     Raises:
         DataError: an image could not be read.
@@ -133,7 +167,8 @@ def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_m
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=ignore_in_child,
-        # An iterator draws a seed when it is made; from a generator of its own, so that training's is untouched.
+        # A loader's iterator draws a seed when it is made. It gets a generator of its own for that, so that it does
+        # not move the global one.
         generator=torch.Generator(),
     )
     for batch in loader:

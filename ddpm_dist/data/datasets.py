@@ -10,35 +10,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from ddpm_dist.config import DataConfig
 from ddpm_dist.data.download import download_once
 from ddpm_dist.data.folder import ImageFolder
+from ddpm_dist.data.images import Images
 from ddpm_dist.data.in_memory import ImagesInMemory, cifar10_files, read_cifar10, read_idx_images, read_mnist5k
 from ddpm_dist.errors import DataError
-
-
-class Images(Protocol):
-    """A fixed, ordered set of images.
-
-    Attributes:
-        shape: (C, H, W).
-        fingerprint: changes when the images do; kept in the checkpoint, so that a resumed run sees the same.
-        num_workers: loader processes per rank that are worth having.
-    """
-
-    shape: tuple[int, int, int]
-    fingerprint: str
-    num_workers: int
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [B, C, H, W] in [0, 255]."""
-        ...
 
 
 @dataclass(frozen=True)

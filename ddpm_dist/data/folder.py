@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from ddpm_dist.config import DataConfig, loader_workers
+from ddpm_dist.data.images import Images
 from ddpm_dist.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -21,7 +21,7 @@ DEEP_GREY_MODES = {"I;16", "I;16L", "I;16B", "I;16N", "I", "F"}  # Pillow's name
 GREY_MODES = {"1", "L", "LA", "La", *DEEP_GREY_MODES}
 
 
-class ImageFolder:
+class ImageFolder(Images):
     """Every picture below a folder, in the order of their names: resized, centre-cropped, read when asked for.
 
     The fingerprint covers the names and sizes of the files, not their pixels.
@@ -34,8 +34,6 @@ class ImageFolder:
     Raises:
         DataError: there is no such folder, or no picture in it, or a file has no header that could be read.
     """
-
-    num_workers = loader_workers(DataConfig(name="folder"))
 
     def __init__(self, root: Path, image_size: int, channels: int | None = 3) -> None:
         if not root.is_dir():

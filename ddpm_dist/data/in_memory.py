@@ -13,21 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_dist.config import DataConfig, loader_workers
+from ddpm_dist.data.images import Images
 from ddpm_dist.errors import DataError
 
 CIFAR10_FOLDER = Path("cifar-10-batches-py")
 
 
-class ImagesInMemory:
+class ImagesInMemory(Images):
     """Images as one array, held or memory-mapped (the ranks of a node then share its pages).
 
     Args:
         array: uint8 [N, C, H, W] in [0, 255], C 1 (grey) or 3 (RGB).
         channels: convert them to 1 or 3 channels; None leaves them as they are.
     """
-
-    num_workers = loader_workers(DataConfig(name="mnist"))
 
     def __init__(self, array: npt.NDArray[np.uint8], channels: int | None = None) -> None:
         if channels is not None and channels != array.shape[1]:

@@ -1,16 +1,64 @@
-"""Samplers: from noise to images, as pure functions of a callable that predicts the noise."""
+"""Samplers: from noise to images, as pure functions of a denoiser.
+
+To add a sampler: write a function with the arguments of `Sample`, and enter it in SAMPLERS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.process import GaussianDiffusion
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(x_t float32 [B, ...], t int64 [B]) -> predicted noise [B, ...]."""
+Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(x_t float32 [B, ...], t int64 [B]) -> (x_start, eps), each float32 [B, ...]; see `denoiser.Denoiser`."""
+
+
+class Sample(Protocol):
+    """Turns noise into images."""
+
+    def __call__(
+        self,
+        denoiser: Denoise,
+        process: GaussianDiffusion,
+        x_T: Tensor,
+        draw_noise: Callable[[], Tensor],
+        steps: int,
+        on_step: Callable[[], None],
+    ) -> Tensor:
+        """The images.
+
+        Args:
+            denoiser: what it calls x_start is clipped if the denoiser clips.
+            x_T: float32 [B, ...], standard normal.
+            draw_noise: fresh standard normal noise of x_T's shape at each call.
+            steps: timesteps to visit, 1 .. T; a sampler that visits all of them ignores it.
+            on_step: called after each call of the denoiser; may raise to stop.
+
+        Returns:
+            float32 [B, ...].
+        """
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler and what has to be known to use it.
+
+    Attributes:
+        sample: from noise to images.
+        num_calls: (steps asked for, T) -> how often it calls the denoiser, for progress bars.
+        clip: whether its denoiser clips x_start unless the user says otherwise.
+        takes_steps: whether the number of steps is the user's to choose.
+    """
+
+    sample: Sample
+    num_calls: Callable[[int, int], int]
+    clip: bool
+    takes_steps: bool
 
 
 def _nothing() -> None:
@@ -19,63 +67,57 @@ def _nothing() -> None:
 
 @torch.no_grad()
 def ddpm_sample(
-    denoiser: Denoiser,
-    diffusion: GaussianDiffusion,
+    denoiser: Denoise,
+    process: GaussianDiffusion,
     x_T: Tensor,
     draw_noise: Callable[[], Tensor],
+    steps: int = 0,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
-    """Ancestral sampling over all T timesteps with variance β_t.
+    """Ancestral sampling over all T timesteps with variance β_t; see `Sample` for the arguments.
 
-    Ho et al. 2020, algorithm 2 (arXiv:2006.11239). Nothing is clipped inside the loop.
-
-    Args:
-        denoiser: predicts the noise in x_t.
-        x_T: float32 [B, ...], standard normal.
-        draw_noise: fresh standard normal noise of x_T's shape; called T - 1 times.
-        on_step: called after each timestep; may raise to stop.
+    Ho et al. 2020, algorithm 2 (arXiv:2006.11239). Fresh noise is drawn T - 1 times.
 
     Returns:
         float32 [B, ...] in [-1, 1].
     """
     x = x_T
-    for step in reversed(range(diffusion.num_timesteps)):
+    for step in reversed(range(process.num_timesteps)):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        x = diffusion.p_mean(x, t, denoiser(x, t).float())
+        _, eps = denoiser(x, t)
+        x = process.p_mean(x, t, eps)
         if step > 0:
-            x = x + diffusion.sqrt_betas[step] * draw_noise()
+            x = x + process.sqrt_betas[step] * draw_noise()
         on_step()
     return x.clamp(-1, 1)
 
 
+def _no_noise() -> Tensor:
+    raise AssertionError("DDIM with σ = 0 draws no noise")
+
+
 @torch.no_grad()
 def ddim_sample(
-    denoiser: Denoiser,
-    diffusion: GaussianDiffusion,
+    denoiser: Denoise,
+    process: GaussianDiffusion,
     x_T: Tensor,
-    num_steps: int = 50,
-    clip: bool = True,
+    draw_noise: Callable[[], Tensor] = _no_noise,
+    steps: int = 50,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
-    """Deterministic DDIM over evenly spaced timesteps from T - 1 to 0.
+    """Deterministic DDIM over evenly spaced timesteps from T - 1 to 0; see `Sample` for the arguments.
 
-    Song et al. 2021, eq. 12 with σ = 0 (arXiv:2010.02502).
-
-    Args:
-        denoiser: predicts the noise in x_t.
-        x_T: float32 [B, ...], standard normal.
-        num_steps: timesteps visited, 1 .. T.
-        clip: clip the predicted x_0 to [-1, 1] at each step, and the result.
-        on_step: called after each timestep; may raise to stop.
+    Song et al. 2021, eq. 12 with σ = 0 (arXiv:2010.02502). No noise is drawn.
 
     Returns:
-        float32 [B, ...], in [-1, 1] if clip.
+        float32 [B, ...], in [-1, 1] if the denoiser clips.
     """
     x = x_T
-    timesteps = ddim_timesteps(diffusion.num_timesteps, num_steps)
+    timesteps = ddim_timesteps(process.num_timesteps, steps)
     for step, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        x = ddim_step(diffusion, x, denoiser(x, t).float(), step, previous, clip)
+        x_start, eps = denoiser(x, t)
+        x = ddim_step(process, x_start, eps, previous)
         on_step()
     return x
 
@@ -92,26 +134,23 @@ def ddim_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     return [int(step) for step in spaced.round()]
 
 
-def ddim_step(
-    diffusion: GaussianDiffusion, x_t: Tensor, eps: Tensor, step: int, previous: int, clip: bool = True
-) -> Tensor:
+def ddim_step(process: GaussianDiffusion, x_start: Tensor, eps: Tensor, previous: int) -> Tensor:
     """x_{t'} = sqrt(ᾱ_t') x̂_0 + sqrt(1 - ᾱ_t') ε̂  (Song et al. 2021, eq. 12, σ = 0).
 
     Args:
-        x_t, eps: float32 [B, ...].
-        step, previous: t and t' in [0, T-1], t' < t; -1 means t' is the image itself (ᾱ = 1).
-        clip: clip x̂_0 to [-1, 1], and take ε̂ from the clipped x̂_0, so that the two still make up x_t.
+        x_start, eps: float32 [B, ...], as predicted at t.
+        previous: t' in [0, T-1], t' < t; -1 means that t' is the image itself (ᾱ = 1).
 
     Returns:
         float32 [B, ...].
     """
-    t = torch.full((len(x_t),), step, dtype=torch.long, device=x_t.device)
-    x_start = diffusion.predict_start_from_eps(x_t, t, eps)
-    if clip:
-        x_start = x_start.clamp(-1, 1)
-        signal = diffusion.sqrt_alphas_cumprod[step] * x_start
-        eps = (x_t - signal) / diffusion.sqrt_one_minus_alphas_cumprod[step]
     if previous < 0:
         return x_start
-    signal = diffusion.sqrt_alphas_cumprod[previous] * x_start
-    return signal + diffusion.sqrt_one_minus_alphas_cumprod[previous] * eps
+    signal = process.sqrt_alphas_cumprod[previous] * x_start
+    return signal + process.sqrt_one_minus_alphas_cumprod[previous] * eps
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(ddim_sample, num_calls=lambda steps, num_timesteps: steps, clip=True, takes_steps=True),
+    "ddpm": Sampler(ddpm_sample, num_calls=lambda steps, num_timesteps: num_timesteps, clip=False, takes_steps=False),
+}

@@ -1,9 +1,21 @@
-"""Noise schedules: betas in float64."""
+"""Noise schedules: the variances β_1 .. β_T of the forward process, in float64.
+
+To add one: write a function that returns the betas, and enter it in SCHEDULES.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Schedule(Protocol):
+    """The betas of all timesteps, the least noisy one first."""
+
+    def __call__(self, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+        """The betas, as float64 [T] in (0, 1). A schedule may ignore the two ends."""
 
 
 def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -15,3 +27,6 @@ def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: 
         float64 [T] in (0, 1).
     """
     return torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+
+
+SCHEDULES: dict[str, Schedule] = {"linear": linear_betas}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NUM_GROUPS = 8
+SIZE_DIVISOR = 4  # height and width are halved twice
 
 
 class SinusoidalTimeEmbedding(nn.Module):
@@ -48,7 +49,8 @@ class ResBlock(nn.Module):
         h = F.silu(self.norm1(self.conv1(x)))
         h = h + self.time_proj(F.silu(time_embedding))[:, :, None, None]
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
-        return h + self.skip(x)
+        shortcut: Tensor = self.skip(x)
+        return h + shortcut
 
 
 class UNet(nn.Module):
@@ -101,4 +103,5 @@ class UNet(nn.Module):
         h = self.up3(torch.cat([h, h3], dim=1), time)
         h = self.up2(torch.cat([self.upsample(h), h2], dim=1), time)
         h = self.up1(torch.cat([self.upsample(h), h1], dim=1), time)
-        return self.out_conv(h)
+        output: Tensor = self.out_conv(h)
+        return output

@@ -1,6 +1,7 @@
 """How the gradients of one step's micro-batches become one gradient, the same on every rank.
 
-Two ways: `MeanReduction` is what everybody's DistributedDataParallel does. `TreeReduction` adds the gradients of the
+There are two ways. `MeanReduction` (elastic.mode=stream) is what everybody's DistributedDataParallel does.
+`TreeReduction` (elastic.mode=bitwise) adds the gradients of the
 logical shards in one binary tree over the shards, whoever computed them, so that the sum is the same to the bit for
 every number of ranks (the idea is that of EasyScale, Li et al., SC'23, arXiv:2208.14228).
 """
@@ -11,6 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,34 +23,96 @@ from torch.futures import Future
 from ddpm_dist.parallel.ranks import Ranks
 
 
+@dataclass(frozen=True)
+class Probe:
+    """How the gradient is computed whose digest tells how this machine rounds (see training.canary).
+
+    Attributes:
+        network: for the forward pass.
+        num_images: in its batch.
+        num_threads: of the CPU; None leaves their number as it is.
+    """
+
+    network: nn.Module
+    num_images: int
+    num_threads: int | None
+
+
 class Reduction(Protocol):
-    """How the trainer sees either.
+    """How the training step sees either. All that the two modes do differently is here.
 
     Attributes:
         ddp_model: for the training forward.
+        num_micro_batches: into which this rank's part of a step's batch is split.
         loss_weight: of a micro-batch's mean loss, for its backward.
         rank_weight: what a rank's sum of weighted losses counts in the step's loss.
+        needs_warm_up: whether one backward pass has to go before the first step of an attempt.
     """
 
     ddp_model: nn.Module
+    num_micro_batches: int
     loss_weight: float
     rank_weight: float
+    needs_warm_up: bool
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of each micro-batch; after the last one, `.grad` is the step's gradient."""
 
+    def dropout_name(self, index: int) -> tuple[int, ...]:
+        """What the dropout of the micro-batch with this index depends on, beside seed and step."""
+
+    def for_norm(self, gradients: list[Tensor]) -> list[Tensor]:
+        """The same gradients, to compute their norm from."""
+
+    def probe(self, model: nn.Module, micro_batch_size: int) -> Probe:
+        """How a canary is computed. model: the bare network. micro_batch_size: images of one training forward."""
+
+    def repeats_on(self, device: torch.device) -> bool:
+        """Whether the same gradient is computed in the same bits each time on such a device."""
+
+
+def shards_of(ranks: Ranks, num_shards: int) -> range:
+    """The consecutive logical shards that this rank computes."""
+    count = num_shards // ranks.world_size
+    return range(ranks.rank * count, (ranks.rank + 1) * count)
+
 
 class MeanReduction:
-    """The mean over micro-batches and ranks, added up in whatever order the all-reduce takes."""
+    """The mean over micro-batches and ranks, added up in whatever order the all-reduce takes.
 
-    def __init__(self, module: nn.Module, ranks: Ranks, num_micro: int) -> None:
+    Args:
+        module: the network, compiled or not.
+        num_shards: V; this rank's micro-batches together are V / W of them.
+        num_micro_batches: of this rank.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Ranks, num_shards: int, num_micro_batches: int) -> None:
         self.ddp_model = ranks.wrap(module)
-        self.loss_weight, self.rank_weight = 1 / num_micro, 1 / ranks.world_size
+        self.num_micro_batches = num_micro_batches
+        self.loss_weight, self.rank_weight = 1 / num_micro_batches, 1 / ranks.world_size
+        # DDP packs gradients into buckets anew after its first backward. With three or more ranks the packing decides
+        # in which order they are added.
+        self.needs_warm_up = ranks.world_size > 2
+        self._first_shard = shards_of(ranks, num_shards).start
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         with contextlib.nullcontext() if last else no_sync(self.ddp_model):
             yield
+
+    def dropout_name(self, index: int) -> tuple[int, ...]:
+        return (self._first_shard, index)
+
+    def for_norm(self, gradients: list[Tensor]) -> list[Tensor]:
+        return gradients
+
+    def probe(self, model: nn.Module, micro_batch_size: int) -> Probe:
+        # One image, since micro-batches may be as large as the memory. One thread, since their number may change with
+        # that of the ranks. The bare model: torch.compile would specialise on a shape that never comes again.
+        return Probe(model, num_images=1, num_threads=1)
+
+    def repeats_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # kernels of CUDA may add in another order each time
 
 
 class TreeReduction:
@@ -70,7 +134,10 @@ class TreeReduction:
     """
 
     def __init__(self, module: nn.Module, parameters: Iterable[nn.Parameter], ranks: Ranks, num_shards: int) -> None:
+        self._shards, self._module = shards_of(ranks, num_shards), module
+        self.num_micro_batches = len(self._shards)
         self.loss_weight, self.rank_weight = 1 / num_shards, 1.0
+        self.needs_warm_up = False
         self._parameters = list(parameters)
         self._group_size = num_shards // (num_shards & -num_shards)  # m
         self._group_filled = 0
@@ -98,6 +165,20 @@ class TreeReduction:
             self._transport.raise_error()
         self._partial_sums.clear()
         self._group_filled = 0
+
+    def dropout_name(self, index: int) -> tuple[int, ...]:
+        return (self._shards[index],)  # the shard alone decides, whoever computes it
+
+    def for_norm(self, gradients: list[Tensor]) -> list[Tensor]:
+        # Copies. On CUDA the order of a sum depends on how its memory is aligned, and gradients inside a DDP bucket
+        # are aligned otherwise than those of one process.
+        return list(torch._foreach_mul(gradients, 1.0))
+
+    def probe(self, model: nn.Module, micro_batch_size: int) -> Probe:
+        return Probe(self._module, num_images=micro_batch_size, num_threads=None)  # exactly as in a step
+
+    def repeats_on(self, device: torch.device) -> bool:
+        return True  # deterministic kernels are asked for on CUDA
 
     def _set_aside(self) -> None:
         """Take the gradients of a finished group away: a binary counter, whose digits are partial sums."""

@@ -26,6 +26,7 @@ class Checkpoint:
         config: {dotted key: value}, resolved.
         contract: what was decided once, at step 0, and binds every later attempt.
         format: which layout this is (see run.formats).
+        averages: state dicts of further averages of the weights, by name.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Checkpoint:
     config: dict[str, Any]
     contract: dict[str, Any]
     format: int = FORMAT
+    averages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def to_values(self) -> Values:
         """The plain dict that is written to the file."""
@@ -61,8 +63,8 @@ class Checkpoint:
 
     def refuse_infinite(self) -> None:
         """Raises Diverged if a weight or its average is not a finite number; such a checkpoint is of no use."""
-        for part in ("model", "ema"):
-            for name, tensor in getattr(self, part).items():
+        for part, state in {"model": self.model, "ema": self.ema, **self.averages}.items():
+            for name, tensor in state.items():
                 if not tensor.is_floating_point() or torch.isfinite(tensor.sum()):
                     continue  # a finite sum has finite terms, and takes a tenth of the time to look at
                 if not torch.isfinite(tensor).all():

@@ -1,34 +1,29 @@
-"""The run directory: what a run is (config.yaml), how it fares (status.json), and whether it may go on."""
+"""The run directory: where a run's files lie, what its config and status say, and whether it may go on."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import time
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm_dist.config import Config, changes, load_config, to_yaml
-from ddpm_dist.errors import ConfigError, DataError, ExitCode
-from ddpm_dist.run.files import TEMPORARY, Fence, no_fence, read_json, replacing, write_json
-from ddpm_dist.run.lease import Lease, slurm_restart
+from ddpm_dist.config import Config, changes, load_config
+from ddpm_dist.errors import ConfigError, DataError
+from ddpm_dist.run.files import TEMPORARY, read_json
 
 State = Literal["running", "preempted", "finished", "failed"]
 STATES = frozenset(typing.get_args(State))
 
 
 class RunDirectory:
-    """Files of one run below run.root. Only rank 0 of the attempt that holds the lease writes.
+    """Where the files of one run lie, and what they say.
+
+    What an attempt writes, it writes through `run.outcome.Attempt`, whose lease says whether it still may.
 
     Args:
         path: run.root/run.name.
-
-    Attributes:
-        fence: called before anything is renamed into place; raises once another attempt has taken over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +35,6 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.attempts = path / "attempts"
-        self.fence: Fence = no_fence
 
     @contextlib.contextmanager
     def its_errors(self) -> Iterator[None]:
@@ -70,7 +64,7 @@ class RunDirectory:
         self.refuse_links()
 
     def sweep(self) -> None:
-        """Remove the temporary files of killed attempts. The shipper's are its own: it may be at work."""
+        """Remove the temporary files of killed attempts, except the shipper's, which may be at work on them."""
         for folder in (self.path, self.samples, self.attempts):
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if not leftover.name.startswith(f".{self.mlflow_file.name}"):
@@ -84,7 +78,7 @@ class RunDirectory:
                 raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
 
     def read_status(self) -> dict[str, Any]:
-        """status.json, or {} before the first attempt, and where it is damaged: the checkpoints decide then."""
+        """What status.json says; {} before the first attempt, and where it is damaged, so that checkpoints decide."""
         status = read_json(self.status_file) or {}
         types = {"attempt": int, "saved_step": int | None, "pid": int, "host": str}
         sound = all(isinstance(status.get(name), type_) for name, type_ in types.items())
@@ -102,7 +96,7 @@ class RunDirectory:
         return load_config(self.config_file)
 
     def reconcile(self, config: Config) -> list[str]:
-        """Compare with the config that this run was started with; the new one is saved by `write_config`.
+        """Compare with the config that this run was started with.
 
         Returns:
             the differences that may be, as `key: old -> new`.
@@ -121,68 +115,3 @@ class RunDirectory:
                 "Give the old values to go on, or another run.name to start anew"
             )
         return free
-
-    def write_config(self, config: Config) -> None:
-        with replacing(self.config_file, self.fence) as file:
-            file.write(to_yaml(config).encode())
-
-
-@dataclass
-class Attempt:
-    """One life of a run, from start to exit; keeps status.json true.
-
-    Attributes:
-        number: from 1.
-        target: the step at which the run is finished.
-        saved_step: the newest committed checkpoint's step; None before the first. A later attempt that finds
-            no checkpoint although one was saved refuses to start at 0.
-        lease: the right to write; None on other ranks than 0.
-        without_progress: how many attempts before this one ended, one after the other, where they had started.
-    """
-
-    directory: RunDirectory
-    number: int
-    target: int
-    world_size: int
-    saved_step: int | None
-    lease: Lease | None = None
-    without_progress: int = 0
-
-    def committed(self, step: int) -> None:
-        """A checkpoint of this step counts from now on."""
-        self.saved_step, self.without_progress = step, 0
-        if self.lease is not None:
-            self.lease.note(step=step)
-        self.write("running", step, "training")
-
-    def write(self, state: State, step: int, reason: str, exit_code: ExitCode | None = None) -> None:
-        """Raises OSError if status.json cannot be written; the old one stays then."""
-        write_json(
-            self.directory.status_file,
-            {
-                "state": state,
-                "step": step,
-                "attempt": self.number,
-                "reason": reason,
-                "exit_code": None if exit_code is None else int(exit_code),
-                "target": self.target,
-                "saved_step": self.saved_step,
-                "without_progress": self.without_progress,
-                "world_size": self.world_size,
-                "time": time.time(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                **slurm_restart(),
-            },
-            self.directory.fence,
-        )
-
-
-def count_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """How many of the last attempts, one after the other, saved nothing beyond where they had started."""
-    count = 0
-    for facts in reversed(attempts):
-        if facts.get("step") != facts.get("start_step"):
-            break
-        count += 1
-    return count

@@ -1,4 +1,4 @@
-"""Saving beside training: the loop waits for a copy of the state only; a thread writes, commits, verifies, prunes."""
+"""Saving while training goes on: the loop waits for a copy of the state only; a thread writes, commits and prunes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Saver:
         before_commit: called first, from the writing thread: makes durable what the checkpoint relies on.
         on_commit: called with the step, from the writing thread, once the checkpoint counts.
         say: called with a line for a person.
+        saved_step: of the newest checkpoint that is there already; None if there is none.
 
     Attributes:
-        submitted_step: of the state that was copied last.
         trouble: why the run was asked to stop, if it was.
     """
 
@@ -45,11 +45,12 @@ class Saver:
         before_commit: Callable[[], None],
         on_commit: Callable[[int], None],
         say: Callable[[str], None],
+        saved_step: int | None = None,
     ) -> None:
         self._store, self._config, self._say = store, config, say
         self._before_commit, self._on_commit = before_commit, on_commit
         self.trouble = ""
-        self.submitted_step: int | None = None
+        self._newest_step = saved_step  # committed, or copied and on its way
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._pending: tuple[Checkpoint, dict[str, Any]] | None = None  # copied, and not committed yet
         self._thread: threading.Thread | None = None
@@ -68,7 +69,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """Copy the state and return; the rest happens beside. Waits for a save that is still under way."""
+        """Copy the state and return, while a thread does the rest. Waits for a save that is still under way."""
         self.settle()
         copied = {
             item.name: self._copy(getattr(checkpoint, item.name), (item.name,))
@@ -76,7 +77,7 @@ class Saver:
         }
         if checkpoint.window.is_cuda or any(value.is_cuda for value in checkpoint.model.values()):
             torch.cuda.synchronize()  # the copies into pinned memory
-        self._pending, self.submitted_step = (Checkpoint(**copied), facts), checkpoint.step
+        self._pending, self._newest_step = (Checkpoint(**copied), facts), checkpoint.step
         self._last_time, self._postponed = time.monotonic(), False
         self._thread = threading.Thread(target=self._write, name="saver")
         self._thread.start()
@@ -94,6 +95,12 @@ class Saver:
     def gave_up(self) -> bool:
         """Whether the run should stop: `finish` will say why."""
         return self._failures >= MAX_FAILURES or isinstance(self._error, Diverged | TakenOver)
+
+    def save_and_wait(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
+        """Have this state committed, unless it is already, and wait for it. Raises what `finish` raises."""
+        if self._newest_step != checkpoint.step:
+            self.submit(checkpoint, facts)
+        self.finish()
 
     def finish(self) -> None:
         """Wait until the last submitted state is committed.

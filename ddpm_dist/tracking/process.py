@@ -11,10 +11,7 @@ from pathlib import Path
 
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking import address
-from ddpm_dist.tracking.address import choose_uri
 from ddpm_dist.tracking.signs import ANSWERED, LOCAL, read_signs
-
-__all__ = ["ShipperProcess", "choose_uri"]
 
 REVIVE_SECONDS = 5.0
 SILENCE_SECONDS = 5.0

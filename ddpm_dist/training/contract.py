@@ -1,8 +1,8 @@
-"""The contract of a run: what binds every attempt, kept in each checkpoint, and how an attempt is held against it.
+"""The contract of a run: what was decided at step 0 and binds every attempt, kept in each checkpoint.
 
-Three kinds of terms. What the config says of the recipe (seed, shards, batch) is refused when it changes, by
-`config.changes`. What was decided once (`auto` precision, memory format, the end of the cosine) is obeyed. What the
-circumstances bring along (threads, device, versions, how this machine rounds) is compared here.
+Three kinds of terms. The images of the run must stay the same. What `auto` was decided to be (precision, memory
+format) and where the cosine ends is obeyed. What the circumstances bring along (threads, device, versions, how this
+machine rounds) is compared. What the config says is not here: `config.changes` compares configs.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
-import ddpm_dist
 from ddpm_dist.config import Config
-from ddpm_dist.data.datasets import Images
+from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.training.precision import Numerics, resolve
+
+ARITHMETIC = 1
+"""Goes up by one with each version of ddpm_dist that computes other bits from the same config."""
 
 _WORDS = {
     "threads": "train.threads",
     "device": "kind of device",
     "torch": "version of torch",
-    "ddpm_dist": "version of ddpm_dist",
+    "arithmetic": "arithmetic of ddpm_dist",
     "canary": "gradient of a test batch (this machine rounds otherwise)",
 }
 
@@ -33,11 +35,6 @@ def new_contract(config: Config, images: Images, decay_steps: int | None, device
     """The terms of a run that starts now. Plain JSON. `canary` is added once there is a network."""
     return {
         **facts_of(images),
-        "seed": config.run.seed,
-        "mode": config.elastic.mode,
-        "shards": config.elastic.shards,
-        "batch_size": config.data.batch_size,
-        "matmul_precision": config.train.matmul_precision,
         "decay_steps": decay_steps,
         **dataclasses.asdict(resolve(config.train, device)),
         **circumstances(config, device),
@@ -47,22 +44,24 @@ def new_contract(config: Config, images: Images, decay_steps: int | None, device
 def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
     """What this process brings along, and its rounding depends on.
 
-    Threads only where they are meant to stay: in stream mode a rank has more of them when there are fewer ranks.
+    The number of threads counts only where it is meant to stay: in stream mode a rank has more of them when there
+    are fewer ranks.
     """
     fixed_threads = config.elastic.mode == "bitwise" or config.train.threads is not None
     return {
         **({"threads": torch.get_num_threads()} if fixed_threads else {}),
         "device": device.type,
         "torch": str(torch.__version__),
-        "ddpm_dist": ddpm_dist.__version__,
+        "arithmetic": ARITHMETIC,
     }
 
 
 def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`what: old -> new` for each circumstance that is not the contract's.
 
-    What an older version's contract does not mention is no mismatch.
+    What the contract of an older version does not mention is no mismatch.
     """
+    contract = {"arithmetic": 1, **contract}  # of runs that began before the number was kept
     return [
         f"{_WORDS[name]}: {contract[name]} -> {value}"
         for name, value in now.items()
@@ -77,6 +76,7 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
     and later attempts are held to the new terms.
 
     Args:
+        canary: of this rank; empty where the same gradient may come out in other bits each time.
         step: at which this attempt begins.
 
     Returns:
@@ -87,8 +87,7 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
         RankZeroFailed: on the other ranks.
     """
     now, elastic = circumstances(config, ranks.device), config.elastic
-    if elastic.mode == "bitwise" or ranks.device.type == "cpu":
-        # In stream mode CUDA's kernels may add in another order each time: their canary would cry wolf.
+    if canary:
         contract.setdefault("canary", ranks.on_rank_zero(lambda should_stop: canary))
         now["canary"] = canary
     found = mismatches(contract, now)
@@ -108,22 +107,26 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
     where = f" (on rank {', '.join(['0'] * bool(ours) + who)})" if who else ""
     changed = "; ".join(found) or "see those machines"
     contract["deviations"] = [*contract.get("deviations", []), f"from step {step} on{where}: {changed}"]
-    contract.update({name: value for name, value in now.items() if name in contract})
+    contract.update({name: value for name, value in now.items() if name in contract or name == "arithmetic"})
     return f"warning: from here on results may be rounded otherwise{where}: {changed}"
 
 
 def numerics_of(contract: Mapping[str, Any]) -> Numerics:
+    """What `auto` was decided to be at step 0."""
     return Numerics(**{item.name: contract[item.name] for item in dataclasses.fields(Numerics)})
 
 
 def facts_of(images: Images) -> dict[str, Any]:
-    return {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}
+    """What must stay of the images, as plain JSON."""
+    facts = {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}
+    return facts | ({"num_classes": images.num_classes} if images.num_classes else {})
 
 
 def check_images(images: Images, contract: Mapping[str, Any], root: str) -> None:
     """Raises DataError if these images are not those of the run: on every node they must be the same."""
     for name, value in facts_of(images).items():
-        if contract[name] != value:
+        if contract.get(name) != value:
             raise DataError(
-                f"data.root={root}: not the images that this run is trained on ({name}: {contract[name]} -> {value})"
+                f"data.root={root}: not the images that this run is trained on "
+                f"({name}: {contract.get(name)} -> {value})"
             )

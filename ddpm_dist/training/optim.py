@@ -15,7 +15,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.Adam(model.parameters(), lr=optim.lr, fused=optim.fused)
 
 
-def learning_rate(step: int, optim: OptimConfig, decay_steps: int) -> float:
+def learning_rate(step: int, optim: OptimConfig, decay_steps: int | None) -> float:
     """The rate of the update that follows `step` finished ones; the number of ranks does not enter.
 
     Linear warm-up to optim.lr over optim.warmup_steps, then constant, or half a cosine to 0 at decay_steps
@@ -26,5 +26,6 @@ def learning_rate(step: int, optim: OptimConfig, decay_steps: int) -> float:
         return optim.lr * (step + 1) / warmup
     if optim.schedule == "constant":
         return optim.lr
+    assert decay_steps is not None, "the contract of a run with a cosine says where it ends"
     progress = min(1.0, (step - warmup) / (decay_steps - warmup))
     return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))

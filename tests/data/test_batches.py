@@ -22,9 +22,10 @@ from harness import TINY, metrics, status
 from PIL import Image
 from torch import Tensor
 
-from ddpm_dist.data.batches import Batch, StepBatches, iterate
+from ddpm_dist.data.batches import Batch, StepBatches, iterate, join
 from ddpm_dist.data.folder import ImageFolder
 from ddpm_dist.data.in_memory import ImagesInMemory
+from ddpm_dist.diffusion.timesteps import UniformTimesteps
 from ddpm_dist.errors import DataError
 from ddpm_dist.run.preemption import SIGNALS
 
@@ -37,6 +38,7 @@ class Numbered:
     """Images that show their own index: image i is i everywhere, but for a left-right ramp in the first row."""
 
     num_workers = 0
+    num_classes = 0
     fingerprint = "numbered"
 
     def __init__(self, length: int = NUM_IMAGES) -> None:
@@ -51,12 +53,17 @@ class Numbered:
         pictures[:, :, 0] = torch.arange(4, dtype=torch.uint8)
         return pictures
 
+    def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return {}
+
 
 def make(
     shards: range = range(NUM_SHARDS), *, seed: int = 0, images: object = None, flip: bool = False, **changes: int
 ) -> StepBatches:
     given = {"batch_size": BATCH_SIZE, "num_shards": NUM_SHARDS, "num_timesteps": 1000} | changes
-    return StepBatches(images or Numbered(), seed=seed, shards=shards, flip=flip, **given)  # type: ignore[arg-type]
+    timesteps = UniformTimesteps(given.pop("num_timesteps"))
+    images = images or Numbered()
+    return StepBatches(images, seed=seed, shards=shards, timesteps=timesteps, flip=flip, **given)  # type: ignore[arg-type]
 
 
 def shards_of(rank: int, world_size: int) -> range:
@@ -65,11 +72,9 @@ def shards_of(rank: int, world_size: int) -> range:
 
 
 def equal(one: Batch, other: Batch) -> bool:
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
+    pairs = [(one.images, other.images), (one.t, other.t), (one.noise, other.noise)]
+    pairs += [(one.cond[name], other.cond[name]) for name in one.cond]
+    return one.cond.keys() == other.cond.keys() and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 def numbers(batch: Batch) -> list[int]:
@@ -85,7 +90,7 @@ def test_ranks_together_see_what_one_rank_sees(world_size: int) -> None:
     alone = make(flip=True)
     ranks = [make(shards_of(rank, world_size), flip=True) for rank in range(world_size)]
     for step in (0, 1, 5, 6, 7, 100):
-        assert equal(joined([batches[step] for batches in ranks]), alone[step])
+        assert equal(join([batches[step] for batches in ranks]), alone[step])
         indices = [batches.indices(step, shard) for batches in ranks for shard in batches._shards]
         assert indices == [alone.indices(step, shard) for shard in range(NUM_SHARDS)]
 

@@ -11,10 +11,10 @@ from typing import TypeVar
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from eps_samplers import ddim_sample, ddim_step, ddpm_sample
 from torch import Tensor
 
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import ddim_sample, ddim_step, ddpm_sample
+from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import linear_betas
 
 T = 1000

@@ -14,10 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from eps_samplers import Predict, ddim_sample, ddim_step, ddpm_sample
 from torch import Tensor
 
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import Denoiser, ddim_sample, ddim_step, ddim_timesteps, ddpm_sample
+from ddpm_dist.diffusion.process import GaussianDiffusion
+from ddpm_dist.diffusion.samplers import ddim_timesteps
 from ddpm_dist.diffusion.schedules import linear_betas
 
 T, S = 1000, 0.1
@@ -26,7 +27,7 @@ SIGMAS = 4.5
 """A right sampler fails a check of this many standard errors for 7 seeds in a million; the seeds are fixed."""
 
 
-def gaussian_denoiser(mean: float, std: float, num_timesteps: int = T) -> Denoiser:
+def gaussian_denoiser(mean: float, std: float, num_timesteps: int = T) -> Predict:
     """ε* for data from N(mean, std²)."""
     alphas_cumprod = np.cumprod(1 - np.linspace(1e-4, 0.02, num_timesteps))
 
@@ -58,7 +59,7 @@ def ddpm_excess_variance(std: float, num_timesteps: int = T) -> float:
 
 def sample(
     sampler: str,
-    predict: Denoiser,
+    predict: Predict,
     diffusion: GaussianDiffusion,
     x_T: Tensor,
     on_step: Callable[[], None] = lambda: None,
@@ -288,7 +289,7 @@ def test_a_half_precision_prediction_is_all_that_is_in_half_precision(sampler: s
     """The formulas go on in float32: as if the denoiser had returned the same values in float32."""
     diffusion, x_T = GaussianDiffusion(linear_betas(5)), normal(40, 10)[:, None]
 
-    def samples(predict: Denoiser) -> Tensor:
+    def samples(predict: Predict) -> Tensor:
         if sampler == "ddim unclipped":
             return ddim_sample(predict, diffusion, x_T, 5, clip=False)
         return sample(sampler, predict, diffusion, x_T)

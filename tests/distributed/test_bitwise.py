@@ -100,13 +100,12 @@ def test_nan_in_one_shard_is_skipped_alike_on_any_number_of_ranks(tmp_path: Path
 
 def has_dropout_follow_the_rank(argv: Sequence[str]) -> int:
     """A wrong layout: dropout follows the rank."""
-    from ddpm_dist.randomness import seed_default_generators
-    from ddpm_dist.training.trainer import Trainer
+    from ddpm_dist.parallel.reduction import TreeReduction
 
-    def wrong(self: Trainer, index: int) -> None:
-        seed_default_generators(self.ranks.device, 0, self.step, self._shards.start, index)
+    def wrong(self: TreeReduction, index: int) -> tuple[int, ...]:
+        return (self._shards.start, index)
 
-    Trainer._seed_dropout = wrong  # type: ignore[method-assign]
+    TreeReduction.dropout_name = wrong  # type: ignore[method-assign]
     return call_train_attentive(argv)
 
 
@@ -118,9 +117,9 @@ def test_the_comparison_sees_a_layout_that_is_wrong(tmp_path: Path) -> None:
 
 
 def forgets_to_warm_up(argv: Sequence[str]) -> int:
-    from ddpm_dist.training.trainer import Trainer
+    from ddpm_dist.training.step import Trainer
 
-    Trainer.warm_up = lambda self, image_shape: None  # type: ignore[method-assign]
+    Trainer.warm_up = lambda self, images: None  # type: ignore[method-assign]
     return call_train(argv)
 
 

@@ -94,7 +94,7 @@ def test_a_series_of_skips_goes_on_over_a_resume(tmp_path: Path) -> None:
 
 def drifts_at_4(argv: Sequence[str]) -> int:
     """One bit of one weight of rank 2 flips."""
-    from ddpm_dist.training.trainer import Trainer
+    from ddpm_dist.training.step import Trainer
 
     sound = Trainer.train_step
 

@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-from harness import TINY
+from harness import TINY, write_status
 from mlflow_server import answers, mlflow_server, shippers_of
 
-from ddpm_dist.config import load_config
+from ddpm_dist.config import load_config, to_yaml
 from ddpm_dist.errors import ExitCode
 from ddpm_dist.parallel.local import free_port
-from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.process import ShipperProcess
 from ddpm_dist.tracking.shipper import METRICS
@@ -28,8 +28,7 @@ LINES, ATTEMPTS = 17_000, 4  # six metrics a line
 
 def train(directory: RunDirectory, attempt: int) -> None:
     """A trainer as far as tracking sees it: a quarter of the lines, the first hundred again after a kill."""
-    outcome = Attempt(directory, attempt, LINES, 1, None)
-    outcome.write("running", 0, "training")
+    write_status(directory.path, "running", 0, attempt)
     journal, shipper = Journal(directory.metrics_file), ShipperProcess.start(directory.path)
     first = max(1, (attempt - 1) * LINES // ATTEMPTS - 100)
     for step in range(first, attempt * LINES // ATTEMPTS + 1):
@@ -39,7 +38,7 @@ def train(directory: RunDirectory, attempt: int) -> None:
             shipper.revive()
             time.sleep(0.1)
     if attempt == ATTEMPTS:
-        outcome.write("finished", LINES, "target reached", ExitCode.FINISHED)
+        write_status(directory.path, "finished", LINES, attempt, ExitCode.FINISHED)
         shipper.wait(60)
     else:
         time.sleep(600)  # until it is killed
@@ -54,7 +53,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
     )
     directory = RunDirectory(config.directory)
     directory.create()
-    directory.write_config(config)
+    directory.config_file.write_text(to_yaml(config))
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(mlflow_server(root, port))] if http_server else []
         for attempt in range(1, ATTEMPTS + 1):

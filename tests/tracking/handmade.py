@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import TINY
+from harness import TINY, write_status
 
-from ddpm_dist.config import load_config
+from ddpm_dist.config import load_config, to_yaml
 from ddpm_dist.errors import ExitCode
-from ddpm_dist.run.directory import Attempt, RunDirectory
+from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking.journal import Journal
 
 
@@ -18,7 +18,7 @@ def make_run(root: Path, name: str, *overrides: str, steps: int = 20, state: str
     )
     directory = RunDirectory(config.directory)
     directory.create()
-    directory.write_config(config)
+    directory.config_file.write_text(to_yaml(config))
     append(directory, range(1, steps + 1), attempt=1)
     set_state(directory, state, steps)
     return directory
@@ -26,7 +26,7 @@ def make_run(root: Path, name: str, *overrides: str, steps: int = 20, state: str
 
 def set_state(directory: RunDirectory, state: str, step: int) -> None:
     exit_code = ExitCode.FINISHED if state == "finished" else None
-    Attempt(directory, 1, step, 1, step).write(state, step, "", exit_code)  # type: ignore[arg-type]
+    write_status(directory.path, state, step, exit_code=exit_code)
 
 
 def append(directory: RunDirectory, steps: range, attempt: int, **changes: float) -> None:

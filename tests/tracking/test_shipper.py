@@ -27,7 +27,7 @@ from handmade import append, make_run
 from harness import Job, call_train, metrics, start, status, wait_for_step
 from mlflow_server import mlflow_server, shippers_of, wait_for_answer
 
-from ddpm_dist.config import Config, load_config, to_flat
+from ddpm_dist.config import Config, load_config, to_flat, to_yaml
 from ddpm_dist.errors import ExitCode
 from ddpm_dist.parallel.local import free_port
 from ddpm_dist.run import lease as leases
@@ -382,7 +382,7 @@ def test_killed_before_its_note_of_the_params_a_changed_config_can_still_be_ship
         with pytest.raises(Killed):
             Shipper(directory).ship("running")
     config = directory.read_config()
-    directory.write_config(replace(config, train=replace(config.train, max_steps=77)))
+    directory.config_file.write_text(to_yaml(replace(config, train=replace(config.train, max_steps=77))))
     Shipper(directory).ship("finished")
     assert_delivered(database(root), "changed-params", directory.path)
 
@@ -474,7 +474,7 @@ def test_key_that_later_attempts_changed_becomes_a_tag(root: Path, finished: Pat
     directory = make_run(root, "retuned")
     Shipper(directory).ship("running")
     config = directory.read_config()
-    directory.write_config(replace(config, train=replace(config.train, max_steps=77)))
+    directory.config_file.write_text(to_yaml(replace(config, train=replace(config.train, max_steps=77))))
     Shipper(directory).ship("finished")
     found = assert_delivered(database(root), "retuned", directory.path)
     assert found.data.tags["changed.train.max_steps"] == "77"

@@ -149,6 +149,7 @@ def test_the_train_command_learns_what_the_reference_does(tmp_path: Path, folder
     rigged = functools.partial(call_train_with, recipe)
     run = train(recipe.ranks, tmp_path, *images, *recipe.arguments, function=rigged)
     state, log = final_state(run), metrics(run)
+    torch.set_num_threads(1)  # as the trainer; another test of this process may have asked for more
     model, averages, adam, scale, expected = train_by_reference(read_images(folder), recipe)
 
     names = [name for name, _ in model.named_parameters()]

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, from which samples are drawn."""
+"""Moving averages of the weights, from which samples are drawn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class EMA:
     """θ̄ <- d θ̄ + (1 - d) θ after each step, with d = min(decay, (1 + s) / (10 + s)) at step s.
 
-    The warm-up lets a young average forget the random start. s is the run's own step, so nothing but the
-    weights has to be saved.
+    The warm-up lets a young average forget the random start. s is the run's own step, so nothing but the weights has
+    to be saved.
 
     Args:
         model: the bare module; its state_dict has the same keys as the average's.
@@ -29,13 +29,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """step: finished steps before this update, from 0."""
+        """Move towards the model's weights.
+
+        Args:
+            step: finished steps before this update, from 0.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = self._pairs
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The average's weights, by the names of the model's."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over saved weights."""
         self.model.load_state_dict(state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.models.ema import EMA
+from ddpm_dist.models.averages import EMA
 from ddpm_dist.models.unet import UNet
 
 

@@ -1,4 +1,4 @@
-"""The forward process q, its posterior, and the training loss.
+"""The forward process q and its posterior: tables of one noise schedule, and the formulas that use them.
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239). Timesteps count from 0 (the
 least noisy, the paper's t = 1) to T - 1.
@@ -7,12 +7,11 @@ least noisy, the paper's t = 1) to T - 1.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class GaussianDiffusion:
-    """Tables of one noise schedule and the formulas that use them.
+    """One noise schedule, with the formulas of q(x_t | x_0), of its posterior and of the reverse step.
 
     Tables are made in float64 and cast once to float32, on the given device.
 
@@ -77,6 +76,19 @@ class GaussianDiffusion:
         noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps
         return (x_t - noise) / _per_image(self.sqrt_alphas_cumprod, t, x_t)
 
+    def predict_eps_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        """ε = (x_t - sqrt(ᾱ_t) x_0) / sqrt(1 - ᾱ_t)  (eq. 4 solved for ε).
+
+        Args:
+            x_t, x_start: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        signal = _per_image(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        return (x_t - signal) / _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eqs. 6 and 7).
 
@@ -102,17 +114,6 @@ class GaussianDiffusion:
             float32 [B, ...].
         """
         return _per_image(self.sqrt_recip_alphas, t, x_t) * x_t - _per_image(self.eps_coef, t, x_t) * eps
-
-    def loss(self, eps_pred: Tensor, noise: Tensor) -> Tensor:
-        """L_simple: the mean over batch and pixels of |ε - ε_θ|²  (eq. 14).
-
-        Args:
-            eps_pred, noise: float32 [B, ...].
-
-        Returns:
-            float32 scalar.
-        """
-        return F.mse_loss(eps_pred, noise)
 
 
 def _per_image(table: Tensor, t: Tensor, x: Tensor) -> Tensor:

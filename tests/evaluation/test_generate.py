@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion.gaussian import GaussianDiffusion
+from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.pixels import from_uint8, to_uint8
+from ddpm_dist.diffusion.predictions import EpsPrediction
+from ddpm_dist.diffusion.process import GaussianDiffusion
+from ddpm_dist.diffusion.samplers import SAMPLERS as TABLE
 from ddpm_dist.diffusion.schedules import linear_betas
-from ddpm_dist.evaluation.sampling import num_model_calls, sample_blocks, to_uint8
+from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
 from ddpm_dist.models.unet import UNet
 
 SAMPLERS = ("ddim", "ddpm")
@@ -26,6 +30,12 @@ def model() -> UNet:
         return UNet(channels=8, time_embed_dim=16).eval()
 
 
+def generate(model: Callable[[Tensor, Tensor], Tensor], sampler: str, **options: Any) -> Iterator[Tensor]:
+    diffusion, chosen = GaussianDiffusion(linear_betas(T)), TABLE[sampler]
+    denoiser = Denoiser(model, diffusion, EpsPrediction(diffusion), chosen.clip)
+    return generate_blocks(denoiser, diffusion, chosen, **options)
+
+
 def blocks_of(model: Callable[[Tensor, Tensor], Tensor], **options: Any) -> list[Tensor]:
     arguments: dict[str, Any] = {
         "shape": SHAPE,
@@ -37,7 +47,7 @@ def blocks_of(model: Callable[[Tensor, Tensor], Tensor], **options: Any) -> list
         "on_step": lambda: None,
         "block_size": BLOCK,
     }
-    return list(sample_blocks(model, GaussianDiffusion(linear_betas(T)), **{**arguments, **options}))
+    return list(generate(model, **{**arguments, **options}))
 
 
 def images_of(model: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Tensor:
@@ -124,7 +134,7 @@ def test_model_always_sees_whole_blocks() -> None:
 def test_on_step_is_called_as_often_as_progress_bars_are_told(model: UNet, sampler: str, num: int) -> None:
     calls: list[None] = []
     images_of(model, sampler=sampler, num=num, on_step=lambda: calls.append(None))
-    assert len(calls) == num_model_calls(num, sampler, STEPS, T, BLOCK)
+    assert len(calls) == num_model_calls(num, TABLE[sampler], STEPS, T, BLOCK)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -138,9 +148,8 @@ def test_a_raising_on_step_ends_the_sampling(model: UNet, sampler: str) -> None:
 
 def test_blocks_are_computed_only_when_asked_for(model: UNet) -> None:
     calls: list[None] = []
-    blocks = sample_blocks(
+    blocks = generate(
         model,
-        GaussianDiffusion(linear_betas(T)),
         shape=SHAPE,
         num=100 * BLOCK,
         seed=0,
@@ -162,7 +171,8 @@ def test_to_uint8_meets_both_ends_and_clamps_beyond_them() -> None:
 
 def test_to_uint8_undoes_the_scaling_of_the_images() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+    assert torch.equal(from_uint8(levels), levels.float() / 127.5 - 1)
 
 
 def test_to_uint8_rounds_to_the_nearest_level() -> None:

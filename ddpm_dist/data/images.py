@@ -1,0 +1,32 @@
+"""What a set of images is to the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Images(Protocol):
+    """A fixed, ordered set of images. Sets derive from it, and override the last two members if they have labels.
+
+    Attributes:
+        shape: (C, H, W).
+        fingerprint: changes when the images do; kept in the checkpoint, so that a resumed run sees the same.
+        num_classes: number of labels; 0 without labels.
+    """
+
+    shape: tuple[int, int, int]
+    fingerprint: str
+    num_classes: int = 0
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W] in [0, 255]."""
+        ...
+
+    def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the network is conditioned on, by the names of its arguments, each [B, ...]; empty without labels."""
+        return {}

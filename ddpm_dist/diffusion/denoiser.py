@@ -1,0 +1,48 @@
+"""A network as samplers see it: what it says of x_0 and of the noise in x_t."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ddpm_dist.diffusion.predictions import Prediction
+from ddpm_dist.diffusion.process import GaussianDiffusion
+
+Network = Callable[..., Tensor]
+"""(x_t float32 [B, ...], t int64 [B], **cond) -> its output [B, ...], in float32 or a half precision type."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """(x_t, t) -> (x_start, eps), made of a network, the meaning of its output, and clipping.
+
+    Attributes:
+        clip: whether x_start is clipped to [-1, 1]. eps then follows from the clipped one, so that the two still make
+            up x_t. Ho et al.'s own code clips at each step; the text of the reference recipe does not.
+        cond: what the network is conditioned on, each [B, ...].
+    """
+
+    network: Network
+    process: GaussianDiffusion
+    prediction: Prediction
+    clip: bool
+    cond: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and the ε that the network sees in x_t.
+
+        Args:
+            x_t: float32 [B, ...].
+            t: int64 [B] in [0, T-1]; 0 is the least noisy.
+
+        Returns:
+            x_start and eps, each float32 [B, ...].
+        """
+        output = self.network(x_t, t, **self.cond).float()
+        x_start, eps = self.prediction.to_x_start_and_eps(x_t, t, output)
+        if self.clip:
+            x_start = x_start.clamp(-1, 1)
+            eps = self.process.predict_eps_from_start(x_t, t, x_start)
+        return x_start, eps

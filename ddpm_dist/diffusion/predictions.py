@@ -1,0 +1,56 @@
+"""What the network predicts, and how x_0 and ε follow from its output.
+
+To add a prediction: write a class with the two methods of `Prediction`, and enter it in PREDICTIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from ddpm_dist.diffusion.process import GaussianDiffusion
+
+
+class Prediction(Protocol):
+    """The meaning of the network's output."""
+
+    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the output is compared with in training.
+
+        Args:
+            x_start: float32 [B, ...] in [-1, 1].
+            noise: float32 [B, ...], standard normal; the ε that q_sample was given.
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+
+    def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and the ε that the output stands for; together they make up x_t.
+
+        Args:
+            x_t, output: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            x_start and eps, each float32 [B, ...], not clipped.
+        """
+
+
+class EpsPrediction:
+    """The network predicts the noise ε (Ho et al. 2020, section 3.2, arXiv:2006.11239)."""
+
+    def __init__(self, process: GaussianDiffusion) -> None:
+        self._process = process
+
+    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        return self._process.predict_start_from_eps(x_t, t, output), output
+
+
+PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {"eps": EpsPrediction}

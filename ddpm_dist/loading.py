@@ -1,0 +1,92 @@
+"""A trained run from its directory: what sampling, evaluation and export start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_dist.build import build_model, build_prediction, build_process
+from ddpm_dist.config import Config, from_flat
+from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.predictions import Prediction
+from ddpm_dist.diffusion.process import GaussianDiffusion
+from ddpm_dist.errors import DataError
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.run.store import CheckpointStore
+
+WEIGHTS: dict[str, Callable[[Checkpoint], Mapping[str, Tensor]]] = {
+    "ema": lambda checkpoint: checkpoint.ema,
+    "model": lambda checkpoint: checkpoint.model,
+}
+"""The weights that a checkpoint holds, by the name that a user asks for."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A network with trained weights, and what is needed to draw from it.
+
+    Attributes:
+        step: finished steps of the checkpoint.
+        contract: what was decided at step 0.
+        network: in evaluation mode, on the device.
+        image_shape: (C, H, W).
+    """
+
+    directory: RunDirectory
+    config: Config
+    contract: Mapping[str, Any]
+    step: int
+    network: nn.Module
+    process: GaussianDiffusion
+    prediction: Prediction
+    image_shape: tuple[int, int, int]
+
+    def denoiser(self, clip: bool) -> Denoiser:
+        """(x_t, t) -> (x_start, eps). clip: whether x_start is clipped to [-1, 1] at each step."""
+        return Denoiser(self.network, self.process, self.prediction, clip)
+
+
+def load_run(
+    path: Path, step: int | None = None, weights: str = "ema", device: torch.device | str = "cpu"
+) -> LoadedRun:
+    """Read a checkpoint of a run, verified, and build its network. Nothing is written.
+
+    Args:
+        path: the run directory.
+        step: which checkpoint; None: the newest valid one.
+        weights: a name in WEIGHTS.
+        device: where the network and the tables go.
+
+    Raises:
+        DataError: there is no such run, checkpoint or name of weights; or the checkpoint is damaged.
+    """
+    directory = RunDirectory(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such run directory")
+    if not directory.config_file.exists():
+        raise DataError(f"{path}: no run here (no config.yaml)")
+    if weights not in WEIGHTS:
+        raise DataError(f"{path}: no weights called {weights!r}; valid: {', '.join(WEIGHTS)}")
+    store = CheckpointStore(directory.checkpoints)
+    if step is not None:
+        checkpoint = store.load(step)
+    elif found := store.newest_valid():
+        checkpoint = found.checkpoint
+    else:
+        raise DataError(f"{directory.checkpoints}: no checkpoint yet")
+    contract = checkpoint.contract
+    config, device = from_flat(checkpoint.config), torch.device(device)
+    channels, height, width = contract["image_shape"]
+    shape = (channels, height, width)
+    # In the memory format of the run, so that images come out as in its previews.
+    network = build_model(config, shape, contract.get("num_classes", 0), device, contract["channels_last"]).eval()
+    network.load_state_dict(dict(WEIGHTS[weights](checkpoint)))
+    process = build_process(config, device)
+    prediction = build_prediction(config, process)
+    return LoadedRun(directory, config, contract, checkpoint.step, network, process, prediction, shape)

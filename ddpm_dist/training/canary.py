@@ -1,0 +1,43 @@
+"""The canary: how this machine rounds, in 16 hex digits."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from ddpm_dist.data.batches import Batch, blank
+from ddpm_dist.data.images import Images
+from ddpm_dist.randomness import generator, seed_default_generators
+from ddpm_dist.training.step import Trainer
+
+
+def canary(trainer: Trainer, images: Images, seed: int, num_timesteps: int) -> str:
+    """Digest of the gradient of a small fixed batch at the weights of step 0.
+
+    It is the same wherever a run continues to the bit, whatever the number of ranks, and another one where this
+    machine rounds otherwise. Weights and gradients are left alone.
+
+    Args:
+        trainer: at step 0, since these weights are the only ones that every attempt has.
+        images: for their shape and conditions; the pixels are drawn.
+        seed: run.seed.
+        num_timesteps: T.
+    """
+    assert trainer.step == 0, "the weights of step 0 are the only ones that every attempt has"
+    probe = trainer.reduction.probe(trainer.model, trainer.micro_batch_size)
+    draw = generator(seed, "canary")
+    pixels = torch.randint(0, 256, (probe.num_images, *images.shape), dtype=torch.uint8, generator=draw)
+    t = torch.randint(0, num_timesteps, (probe.num_images,), generator=draw)
+    noise = torch.randn(pixels.shape, generator=draw)
+    inputs = trainer.inputs(Batch(pixels, t, noise, blank(images, probe.num_images).cond))
+    seed_default_generators(trainer.ranks.device, seed, "canary dropout")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(probe.num_threads or threads)
+    loss = trainer.loss.mean(probe.network, *inputs)
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    torch.set_num_threads(threads)
+    digest = hashlib.blake2b(digest_size=8)
+    for gradient in gradients:
+        digest.update(gradient.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""Where a run stands, and whether this attempt may go on with it: all that is decided before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddpm_dist.build import check_names
+from ddpm_dist.config import Config, changes, cosine_end, from_flat, to_flat
+from ddpm_dist.data.images import Images
+from ddpm_dist.errors import ConfigError, DataError, StopRequested
+from ddpm_dist.parallel.ranks import Ranks
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.run.outcome import Attempt
+from ddpm_dist.run.store import CheckpointStore
+from ddpm_dist.tracking.address import choose_uri
+from ddpm_dist.training.contract import new_contract
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run stands, as rank 0 found it. Plain JSON, since it travels to the other ranks.
+
+    Attributes:
+        finished: whether there is nothing left to do.
+        step: finished steps that are saved; 0 where the run begins.
+        sha256: of that step's checkpoint; None where the run begins.
+        changed: how the config differs from that of the attempt before, as `key: old -> new`.
+        config: rank 0's, as {dotted key: value}.
+    """
+
+    finished: bool
+    step: int
+    sha256: str | None = None
+    changed: list[str] = dataclasses.field(default_factory=list)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find_resume_point(
+    config: Config, ranks: Ranks, attempt: Attempt, store: CheckpointStore
+) -> tuple[ResumePoint, list[Checkpoint]]:
+    """Have rank 0 claim the run and read its newest valid checkpoint; the others load the same one. Collective.
+
+    Nothing is written where the run is finished.
+
+    Returns:
+        where the run stands, and its checkpoint, if it has one. The checkpoint is as large as the weights, their
+        average and the optimizer together, so whoever takes it out of the list frees that memory when done.
+
+    Raises:
+        UserError: the run may not go on; the message says why.
+        RankZeroFailed: on other ranks, for what rank 0 reports.
+    """
+    read: list[Checkpoint] = []
+
+    def find(should_stop: Callable[[], bool]) -> dict[str, Any]:
+        point = _claim(config, attempt, store, should_stop)
+        if not point.finished:
+            point = _look_for_checkpoint(config, attempt, store, point, read)
+        return dataclasses.asdict(point)
+
+    point = ResumePoint(**ranks.on_rank_zero(find))
+    if not point.finished:
+        ranks.all_succeed(lambda: None if ranks.is_zero else _load_the_same(config, store, point, read))
+    return point, read
+
+
+def _claim(config: Config, attempt: Attempt, store: CheckpointStore, should_stop: Callable[[], bool]) -> ResumePoint:
+    """Rank 0: may this run go on? Then nobody else writes into its directory from here on."""
+    directory = attempt.directory
+    check_names(config)
+    with directory.its_errors():
+        directory.refuse_links()
+        changed = directory.reconcile(config)
+        finished = _finished(config, directory, store)
+        if finished is not None:
+            return finished
+        if config.tracking.enabled:
+            choose_uri(config, directory)  # a wrong address is refused now rather than noticed at the end
+        directory.create()
+
+    # From here on an error of the file system is no mistake of the user's, and may pass.
+    def wait(seconds: float) -> None:
+        if should_stop():
+            raise StopRequested
+        time.sleep(seconds)
+
+    attempt.claim(wait)
+    # The attempt that we may have waited for could have finished the run.
+    return _finished(config, directory, store) or ResumePoint(False, 0, None, changed, to_flat(config))
+
+
+def _finished(config: Config, directory: RunDirectory, store: CheckpointStore) -> ResumePoint | None:
+    """The end of a finished run. Neither its images nor its weights need be there any more."""
+    status = directory.read_status()
+    saved = status.get("saved_step")
+    if status.get("state") != "finished" or saved is None:
+        return None
+    num_images = store.read_manifest(saved).get("contract", {}).get("num_images")
+    is_finished = num_images is not None and saved >= config.target(num_images)
+    return ResumePoint(True, saved) if is_finished else None
+
+
+def _look_for_checkpoint(
+    config: Config, attempt: Attempt, store: CheckpointStore, point: ResumePoint, read: list[Checkpoint]
+) -> ResumePoint:
+    """Rank 0: the point at which the newest valid checkpoint lets the run go on; the checkpoint goes into `read`."""
+    directory, saved = attempt.directory, attempt.saved_step
+    found = store.newest_valid()
+    if found is None and saved is not None:
+        raise DataError(
+            f"{store.directory}: no checkpoint, although status.json says that step {saved} was saved; "
+            "restore it, or move the run directory away to start at step 0"
+        )
+    step = found.checkpoint.step if found else 0
+    if found is not None:
+        directory.refuse_changes(from_flat(found.checkpoint.config), config)  # config.yaml may be lost or edited
+        for path in store.set_aside(newer_than=step):
+            print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
+        read.append(found.checkpoint)
+    store.sweep()
+    directory.sweep()
+    attempt.start_from(step if found else None)
+    return dataclasses.replace(point, step=step, sha256=found.sha256 if found else None)
+
+
+def _load_the_same(config: Config, store: CheckpointStore, point: ResumePoint, read: list[Checkpoint]) -> None:
+    """Other ranks: exactly the checkpoint that rank 0 chose, by step and hash, into `read`.
+
+    Raises:
+        ConfigError: this rank was given another config than rank 0: each node reads its own files.
+        DataError: this rank does not find that checkpoint.
+    """
+    refused, free = changes(from_flat(point.config), config)
+    if refused or free:
+        raise ConfigError(f"not all ranks were given the same config: {'; '.join(refused + free)}")
+    if point.sha256 is not None:
+        read.append(store.load(point.step, point.sha256))
+
+
+def settle_contract(
+    config: Config, images: Images, target: int, old: Mapping[str, Any] | None, device: torch.device
+) -> dict[str, Any]:
+    """What binds every attempt, decided by rank 0 alone, since machines may differ. Plain JSON.
+
+    Args:
+        target: the step at which the run is finished.
+        old: of the checkpoint that this attempt goes on from; None where the run begins.
+
+    Raises:
+        ConfigError: this attempt would change it.
+    """
+    decay_steps = cosine_end(config.optim, target)
+    if old is None:
+        return new_contract(config, images, decay_steps, device)
+    if old["decay_steps"] != decay_steps:
+        raise ConfigError(
+            f"the cosine of this run ends at step {old['decay_steps']}, and a target of {target} steps "
+            f"would move it to {decay_steps}: learning rates already used would have been others; "
+            "only a run that was started with a fixed optim.decay_steps can be prolonged"
+        )
+    return dict(old)

@@ -1,0 +1,228 @@
+"""One attempt at a run, as a recipe: find where the run stands, build its parts, train, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ddpm_dist.build import build_batches, size_divisor
+from ddpm_dist.command import one_line
+from ddpm_dist.config import Config, check_world_size, loader_workers
+from ddpm_dist.data import datasets
+from ddpm_dist.data.batches import iterate
+from ddpm_dist.data.images import Images
+from ddpm_dist.errors import ConfigError, ExitCode, StopRequested
+from ddpm_dist.evaluation.pictures import save_curves
+from ddpm_dist.parallel.connection import pick_device
+from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
+from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
+from ddpm_dist.parallel.ranks import Ranks
+from ddpm_dist.parallel.reduction import shards_of
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.run.outcome import Attempt
+from ddpm_dist.run.preemption import StopSignal
+from ddpm_dist.run.store import CheckpointStore
+from ddpm_dist.tracking.journal import read_metrics
+from ddpm_dist.training.assembly import build_trainer
+from ddpm_dist.training.canary import canary
+from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
+from ddpm_dist.training.loop import Loop
+from ddpm_dist.training.precision import configure_backends
+from ddpm_dist.training.recorder import RankZeroRecorder, Recorder, SilentRecorder, rank_zero_recorder
+from ddpm_dist.training.resume import find_resume_point, settle_contract
+from ddpm_dist.training.step import Trainer
+from ddpm_dist.training.tasks import TASKS, Clock, Save, TaskContext
+
+
+class Ending(NamedTuple):
+    """How an attempt ended, and what is left to do once all ranks have left."""
+
+    code: ExitCode
+    deliver: Callable[[ExitCode], None] = lambda code: None
+
+
+def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
+    """Start, resume or finish the run. Every rank calls it.
+
+    Returns:
+        FINISHED or PREEMPTED.
+
+    Raises:
+        UserError: what the user can mend; reported on rank 0 by the caller.
+        RankZeroFailed: on other ranks, for what rank 0 reports.
+    """
+    check_world_size(config, env.world_size)
+    device, bitwise = _device(config, env), config.elastic.mode == "bitwise"
+    configure_backends(config.train, config.train.threads or (1 if bitwise else cpu_threads(env)), bitwise)
+    ranks = Ranks(env, device, config.distributed.timeout_seconds, stop.requested)
+    attempt = Attempt(RunDirectory(config.directory), ranks.world_size, ranks.nodes)
+    if (watchdog := ranks.watchdog) is not None:
+        watchdog.last_words = lambda reason: _last_words(reason, watchdog.silent, ranks, attempt)
+    try:
+        ending = _train(config, ranks, stop, attempt)
+    except StopRequested:  # while rank 0 waited for its turn: nothing has begun
+        ending = Ending(ExitCode.PREEMPTED)
+    except BaseException as raised:
+        error = ranks.lost(raised) if is_lost_contact(raised) else raised
+        _tell(error, ranks, attempt)
+        attempt.release()
+        if ranks.failure_is_shared:
+            ranks.leave()
+        raise error from (None if error is raised else raised)
+    attempt.release()
+    ranks.leave()
+    ending.deliver(ending.code)
+    return ending.code
+
+
+def _device(config: Config, env: RankEnvironment) -> torch.device:
+    """A node's ranks all find the same error; the first of them says it."""
+    try:
+        return pick_device(config.train.device, env)
+    except ConfigError as error:
+        if env.local_rank == 0:
+            raise
+        time.sleep(2)  # the first rank to exit has the launcher kill the others
+        raise RankZeroFailed(error.exit_code) from None
+
+
+def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> Ending:
+    """The recipe. Collective."""
+    store = CheckpointStore(attempt.directory.checkpoints, attempt.check)
+    point, saved = find_resume_point(config, ranks, attempt, store)
+    if point.finished:
+        if ranks.is_zero:
+            print(f"{attempt.directory.path} is finished: step {point.step} reached its target; nothing to do")
+        return Ending(ExitCode.FINISHED)
+    images = _load_images(config, ranks, saved)
+    attempt.target = config.target(len(images))
+    contract = _contract(config, ranks, images, attempt.target, saved)
+    if ranks.is_zero:
+        attempt.begin(config)
+    trainer, warning = _build(config, ranks, images, contract, saved)
+    if not ranks.is_zero:
+        return Ending(_fit(config, attempt, trainer, images, contract, SilentRecorder()))
+    with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
+        if warning:
+            recorder.say(warning)
+        code = _fit(config, attempt, trainer, images, contract, recorder)
+        _conclude(code, stop, attempt, recorder)
+    return Ending(code, recorder.deliver)
+
+
+def _load_images(config: Config, ranks: Ranks, saved: list[Checkpoint]) -> Images:
+    """The same images on every rank; fetched by rank 0 alone if they are not there."""
+    ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
+    shape = saved[0].contract["image_shape"] if saved else None
+    return ranks.all_succeed(lambda: datasets.load(config.data, shape, divisor=size_divisor(config)))
+
+
+def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: list[Checkpoint]) -> dict[str, Any]:
+    """What binds every attempt, the same on every rank; the images are held against it."""
+    old = saved[0].contract if saved else None
+    contract: dict[str, Any] = ranks.on_rank_zero(
+        lambda should_stop: settle_contract(config, images, target, old, ranks.device)
+    )
+    ranks.all_succeed(lambda: check_images(images, contract, config.data.root))
+    return contract
+
+
+def _build(
+    config: Config, ranks: Ranks, images: Images, contract: dict[str, Any], saved: list[Checkpoint]
+) -> tuple[Trainer, str]:
+    """A trainer where the run stands, on a machine that was held against the contract; and a warning, or ""."""
+    numerics = numerics_of(contract)
+    trainer = build_trainer(config, ranks, numerics, images.shape, images.num_classes, contract["decay_steps"])
+    rounds_like = ""
+    if trainer.reduction.repeats_on(ranks.device):
+        rounds_like = canary(trainer, images, config.run.seed, config.diffusion.num_timesteps)
+    warning = hold_to_contract(contract, rounds_like, ranks, config, saved[0].step if saved else 0)
+    trainer.warm_up(images)
+    if saved:
+        trainer.load(saved.pop())  # as large as the weights, their average and Adam's moments: not kept
+    return trainer, warning
+
+
+def _fit(
+    config: Config, attempt: Attempt, trainer: Trainer, images: Images, contract: dict[str, Any], recorder: Recorder
+) -> ExitCode:
+    """Train until the target or a stop signal."""
+    ranks = trainer.ranks
+    batches = build_batches(config, shards_of(ranks, config.elastic.shards), images)
+    context = TaskContext(
+        config, trainer, attempt, recorder, Clock(trainer.step), contract, images.shape, batches.steps_per_epoch
+    )
+    coming = iterate(
+        batches, trainer.step, attempt.target, loader_workers(config.data), pin_memory=ranks.device.type == "cuda"
+    )
+    # Loader workers end here, since the interpreter's exit would wait for them in vain.
+    with contextlib.closing(coming):
+        finished = Loop(trainer, coming, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
+    return ExitCode.FINISHED if finished else ExitCode.PREEMPTED
+
+
+def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: RankZeroRecorder) -> None:
+    """Rank 0: say on disk and to the user how this attempt ended."""
+    directory, finished = attempt.directory, code == ExitCode.FINISHED
+    signal = stop.received.name if stop.received else "a signal to another rank"
+    reason = "target reached" if finished else f"stopped: {recorder.why_stopped()}"
+    if not finished and not recorder.why_stopped():
+        reason = f"stopped by {signal}"
+    if finished:
+        try:
+            save_curves(read_metrics(directory.metrics_file), directory.path / "curves.png")
+        except Exception as error:  # a picture is no reason to fail a run that is safe on disk
+            recorder.say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
+    attempt.end(code, reason)
+    recorder.say(f"{directory.path}: {reason} at step {attempt.step}")
+    if finished:
+        pictures = [directory.samples / f"step-{attempt.step:08d}.png", directory.path / "curves.png"]
+        recorder.say(f"  pictures  {', '.join(str(path) for path in pictures if path.exists())}")
+        recorder.say(f"  run       {directory.path}  (more images: python -m ddpm_dist.sample {directory.path})")
+
+
+def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> None:
+    """Leave word of an error: in the run directory on rank 0, in the ranks' store on others."""
+    code = int(getattr(error, "exit_code", ExitCode.SOFTWARE))
+    reason = " ".join(f"{type(error).__name__}: {error}".split()) if code == ExitCode.SOFTWARE else str(error)
+    if not ranks.is_zero:
+        if not isinstance(error, RankZeroFailed) and not is_lost_contact(error):
+            ranks.report_failure(code, reason)
+        return
+    failure = Failure(code, reason, getattr(error, "ranks", ()))
+    if is_lost_contact(error):
+        failure = ranks.reported_failure() or dataclasses.replace(failure, reason=str(error))
+    attempt.fail(failure.exit_code, failure.reason, _node_at_fault(failure, ranks))
+
+
+def _last_words(reason: str, silent: tuple[int, ...], ranks: Ranks, attempt: Attempt) -> None:
+    """Of rank 0, from the watchdog's thread: the main thread hangs, and the process will be ended."""
+    if ranks.is_zero:
+        failure = ranks.reported_failure() or Failure(ExitCode.SOFTWARE, reason, silent)
+        attempt.fail(failure.exit_code, failure.reason, _node_at_fault(failure, ranks))
+        attempt.release()
+
+
+def _node_at_fault(failure: Failure, ranks: Ranks) -> str | None:
+    """None unless it is one: the ranks of several nodes fall silent when one of them has ended the job."""
+    nodes = {ranks.nodes[rank] for rank in failure.ranks}
+    return nodes.pop() if len(nodes) == 1 else None
+
+
+def explain(error: Exception, rank: int) -> tuple[int, str]:
+    """(exit code, what to print) for an error that ends this rank."""
+    if isinstance(error, RankZeroFailed):
+        return error.exit_code, ""
+    said = one_line(error)
+    if said is not None:
+        return said
+    if is_lost_contact(error):
+        return ExitCode.SOFTWARE, f"error: rank {rank}: {' '.join(str(error).split())}"
+    return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"

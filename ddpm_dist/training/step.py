@@ -1,0 +1,138 @@
+"""The training step: what one global step does to the weights, their averages and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_dist.data.batches import Batch, blank
+from ddpm_dist.data.images import Images
+from ddpm_dist.diffusion.losses import DenoisingLoss
+from ddpm_dist.diffusion.pixels import from_uint8
+from ddpm_dist.models.averages import EMA
+from ddpm_dist.parallel.ranks import Ranks
+from ddpm_dist.parallel.reduction import Reduction
+from ddpm_dist.randomness import seed_default_generators
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.training.statistics import Statistics
+from ddpm_dist.training.update import Update
+
+Inputs = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+"""x_start float32 [B, C, H, W] in [-1, 1]; t int64 [B]; noise float32 [B, C, H, W]; cond, each [B, ...]."""
+
+
+class Trainer:
+    """Weights, averages, optimizer and scaler, moved on by `train_step`.
+
+    Args:
+        ranks: this process and its peers.
+        seed: run.seed, for dropout.
+        model: the bare network, which is saved, averaged and sampled from.
+        channels_last: NHWC memory format.
+        micro_batch_size: images of one forward pass on this rank.
+        loss: on the ranks' device.
+        reduction: makes one gradient of the micro-batches of all ranks.
+        update: over the model's parameters.
+        averages: of the model's weights, by name; `ema` is among them.
+        statistics: counts what each step came to.
+
+    Attributes:
+        step: finished steps. With the seed it fixes learning rate, images, timesteps, noise and dropout.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranks: Ranks,
+        seed: int,
+        model: nn.Module,
+        channels_last: bool,
+        micro_batch_size: int,
+        loss: DenoisingLoss,
+        reduction: Reduction,
+        update: Update,
+        averages: Mapping[str, EMA],
+        statistics: Statistics,
+    ) -> None:
+        self.ranks, self.model, self.loss = ranks, model, loss
+        self.reduction, self.update, self.averages, self.statistics = reduction, update, averages, statistics
+        self.micro_batch_size, self._seed, self._channels_last = micro_batch_size, seed, channels_last
+        self.step = 0
+
+    def train_step(self, batch: Batch) -> None:
+        """One update of the weights from one global batch, of which this is our part. Collective.
+
+        Ho et al. 2020, algorithm 1 (arXiv:2006.11239). Nothing here waits for the device.
+        """
+        step_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        micro_batches = batch.parts(self.reduction.num_micro_batches)
+        for index, micro_batch in enumerate(micro_batches):
+            self._seed_dropout(index)
+            with self.reduction.micro_batch(last=index == len(micro_batches) - 1):
+                loss = self.loss.mean(self.reduction.ddp_model, *self.inputs(micro_batch)) * self.reduction.loss_weight
+                self.update.scale(loss).backward()
+            step_loss += loss.detach()
+
+        grad_norm = self.update.apply(self.step)
+        for average in self.averages.values():
+            average.update(self.step)
+        self.statistics.count(step_loss * self.reduction.rank_weight, grad_norm)
+        self.step += 1
+
+    def _seed_dropout(self, index: int) -> None:
+        """Each micro-batch has dropout of its own, which depends on the step and not on what was drawn before."""
+        name = self.reduction.dropout_name(index)
+        seed_default_generators(self.ranks.device, self._seed, "dropout", self.step, *name)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """The batch as the loss takes it, on the ranks' device."""
+        device = self.ranks.device
+        images, t, noise = (part.to(device, non_blocking=True) for part in (batch.images, batch.t, batch.noise))
+        cond = {name: values.to(device, non_blocking=True) for name, values in batch.cond.items()}
+        x_start = from_uint8(images)
+        if self._channels_last:
+            x_start = x_start.contiguous(memory_format=torch.channels_last)
+            noise = noise.contiguous(memory_format=torch.channels_last)
+        return x_start, t, noise, cond
+
+    def warm_up(self, images: Images) -> None:
+        """Let the reduction settle how it adds gradients, before the first step. Weights stay as they are. Collective.
+
+        Without this the first step of an attempt could round otherwise than the same step of an undisturbed run.
+        """
+        if self.reduction.needs_warm_up:
+            inputs = self.inputs(blank(images, self.micro_batch_size))
+            self.loss.mean(self.reduction.ddp_model, *inputs).backward()
+            self.update.zero_grad()
+
+    def checkpoint(self, config: Mapping[str, Any], contract: Mapping[str, Any]) -> Checkpoint:
+        """All that the run needs to go on from here. Collective.
+
+        Args:
+            config: {dotted key: value}, resolved.
+            contract: what binds every attempt.
+        """
+        optimizer, scaler = self.update.state_dicts()
+        return Checkpoint(
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.averages["ema"].state_dict(),
+            optimizer=optimizer,
+            scaler=scaler,
+            window=self.statistics.window(),
+            config=dict(config),
+            contract=dict(contract),
+            averages={name: average.state_dict() for name, average in self.averages.items() if name != "ema"},
+        )
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; the number of ranks may be another than when it was saved."""
+        self.step = checkpoint.step
+        self.model.load_state_dict(checkpoint.model)
+        for name, average in self.averages.items():
+            average.load_state_dict(checkpoint.ema if name == "ema" else checkpoint.averages[name])
+        self.update.load_state_dicts(checkpoint.optimizer, checkpoint.scaler)
+        self.statistics.load_window(checkpoint.window)

@@ -1,0 +1,230 @@
+"""What is done between steps, each at its own period: log, check for drift, save, draw a preview.
+
+To add a task: write a class that is made from a TaskContext and has `due` and `run`, and enter it in TASKS. Tasks run
+in the order of that list, on every rank, so that all ranks come to the same collectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ddpm_dist.config import Config, to_flat
+from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.samplers import SAMPLERS
+from ddpm_dist.errors import Diverged, StopRequested
+from ddpm_dist.evaluation.generate import generate_blocks
+from ddpm_dist.evaluation.pictures import save_grid
+from ddpm_dist.run.checkpoint import Checkpoint
+from ddpm_dist.run.outcome import Attempt
+from ddpm_dist.training.recorder import Recorder
+from ddpm_dist.training.step import Trainer
+
+
+class Task(Protocol):
+    """Periodic work.
+
+    Attributes:
+        repeats_at_start: whether it is done again, if due, at the step where an attempt starts: the attempt before
+            may have been stopped in the middle of it.
+    """
+
+    repeats_at_start: bool
+
+    def due(self, step: int) -> bool:
+        """Whether to run after this many finished steps; the same answer on every rank."""
+
+    def run(self) -> None:
+        """Do it. Collective. Raises StopRequested if it was cut short."""
+
+
+class Clock:
+    """The time that steps take, without that spent on saves and previews."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since = step, time.perf_counter()
+
+    def steps_per_second(self, step: int) -> float:
+        """Since the last call, and start afresh."""
+        now = time.perf_counter()
+        rate = (step - self._step) / (now - self._since)
+        self._step, self._since = step, now
+        return rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """All that a task may look at.
+
+    Attributes:
+        clock: to be paused while a task takes long.
+        contract: what binds every attempt; into each checkpoint.
+        image_shape: (C, H, W).
+    """
+
+    config: Config
+    trainer: Trainer
+    attempt: Attempt
+    recorder: Recorder
+    clock: Clock
+    contract: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    steps_per_epoch: int
+
+
+class Log:
+    """A line of metrics.jsonl, every train.log_every steps and at the end; ends a run that diverges."""
+
+    repeats_at_start = False
+
+    def __init__(self, context: TaskContext) -> None:
+        self._context, self._train = context, context.config.train
+
+    def due(self, step: int) -> bool:
+        return step % self._train.log_every == 0 or step == self._context.attempt.target
+
+    def run(self) -> None:
+        """Raises Diverged or RankZeroFailed, on all ranks, after too many updates in a row that were left out."""
+        context, trainer = self._context, self._context.trainer
+        step, means = trainer.step, trainer.statistics.take_means()
+        images_per_second = context.clock.steps_per_second(step) * context.config.data.batch_size
+        context.recorder.log(
+            {
+                "step": step,
+                "epoch": round(step / context.steps_per_epoch, 4),
+                "attempt": context.attempt.number,
+                "time": time.time(),
+                "loss": means.loss,
+                "lr": trainer.update.lr,
+                "grad_norm": means.grad_norm,
+                "skipped": means.skipped,
+                "images_per_second": round(images_per_second, 1),
+            }
+        )
+        if means.most_in_a_row >= self._train.max_skipped:  # the same on every rank
+            trainer.ranks.fail_together(
+                Diverged(
+                    f"step {step}: the gradients of {means.most_in_a_row} steps in a row were NaN or inf "
+                    f"(train.max_skipped={self._train.max_skipped}); lower optim.lr or set optim.grad_clip, "
+                    "in another run.name"
+                )
+            )
+
+
+class CheckDrift:
+    """Ends a run whose ranks no longer hold the same weights, to the bit; broken hardware does that."""
+
+    repeats_at_start = False
+
+    def __init__(self, context: TaskContext) -> None:
+        self._every, self._trainer = context.config.train.check_drift_every, context.trainer
+
+    def due(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
+    def run(self) -> None:
+        """Raises Diverged or RankZeroFailed, on all ranks, if they differ."""
+        trainer = self._trainer
+        # The sum of the bits as whole numbers: exact in any order, and any single flip changes it.
+        bits = [parameter.detach().reshape(-1).view(torch.int32).sum() for parameter in trainer.model.parameters()]
+        digests = trainer.ranks.gather(int(torch.stack(bits).sum()))
+        drifted = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if drifted:  # the same list on every rank
+            trainer.ranks.fail_together(
+                Diverged(
+                    f"step {trainer.step}: the weights of rank(s) {', '.join(drifted)} are no longer rank 0's: some "
+                    "machine computes wrongly; go on without it, from an older checkpoint"
+                )
+            )
+
+
+class Save:
+    """A checkpoint, every checkpoint.every steps while training goes on, and at the end until it is committed."""
+
+    repeats_at_start = False
+
+    def __init__(self, context: TaskContext) -> None:
+        self._context, self._config = context, to_flat(context.config)
+
+    def due(self, step: int) -> bool:
+        return step % self._context.config.checkpoint.every == 0 or step == self._context.attempt.target
+
+    def run(self) -> None:
+        if self._context.trainer.step == self._context.attempt.target:
+            self.run_and_wait()
+        else:
+            self.run_while_training()
+
+    def run_while_training(self) -> None:
+        """Have this step's checkpoint written; waits for no more than a copy of the state. Collective."""
+        with self._context.clock.paused():
+            self._context.recorder.save(self._checkpoint())
+
+    def run_and_wait(self) -> None:
+        """Until a checkpoint of this step is committed: no rank may leave before. Collective."""
+        checkpoint = self._checkpoint()
+        self._context.trainer.ranks.on_rank_zero(lambda should_stop: self._context.recorder.save_and_wait(checkpoint))
+
+    def _checkpoint(self) -> Checkpoint:
+        return self._context.trainer.checkpoint(self._config, self._context.contract)
+
+
+class Preview:
+    """A grid of images drawn on rank 0 from the averaged weights, every preview.every steps and at the end."""
+
+    repeats_at_start = True
+
+    def __init__(self, context: TaskContext) -> None:
+        self._context, self._preview = context, context.config.preview
+        self._sampler, loss = SAMPLERS[self._preview.sampler], context.trainer.loss
+        network = context.trainer.averages["ema"].model
+        self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip)
+
+    def due(self, step: int) -> bool:
+        periodic = bool(self._preview.every and step and step % self._preview.every == 0)
+        return bool(self._preview.num_images) and (periodic or step == self._context.attempt.target)
+
+    def run(self) -> None:
+        trainer, attempt = self._context.trainer, self._context.attempt
+        path = attempt.directory.samples / f"step-{trainer.step:08d}.png"
+        with self._context.clock.paused():
+            trainer.ranks.on_rank_zero(lambda should_stop: None if path.exists() else self._draw(path, should_stop))
+
+    def _draw(self, path: Path, should_stop: Callable[[], bool]) -> None:
+        def on_step() -> None:
+            if should_stop():
+                raise StopRequested
+
+        blocks = generate_blocks(
+            self._denoiser,
+            self._denoiser.process,
+            self._sampler,
+            shape=self._context.image_shape,
+            num=self._preview.num_images,
+            seed=self._preview.seed,
+            steps=self._preview.steps,
+            device=self._context.trainer.ranks.device,
+            on_step=on_step,
+        )
+        images = torch.cat(list(blocks))
+        self._context.attempt.check()
+        try:
+            save_grid(images, path)
+        except OSError as error:  # a picture is no reason to stop
+            self._context.recorder.say(f"warning: {path}: {error.strerror}")
+
+
+TASKS: list[Callable[[TaskContext], Task]] = [Log, CheckDrift, Save, Preview]
