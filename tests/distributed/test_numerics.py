@@ -84,6 +84,13 @@ def test_nan_step_after_step_ends_the_run_with_76_and_saves_nothing_bad(tmp_path
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+def test_as_many_skips_in_a_row_as_are_allowed_end_the_run_and_no_fewer(tmp_path: Path) -> None:
+    options = ("train.log_every=1", "checkpoint.every=60", "train.max_steps=60", "train.max_skipped=3")
+    with start(1, tmp_path, *options, function=nan_from_3_on) as job:
+        assert job.wait() == [76]
+    assert metrics(tmp_path / "run")[-1]["step"] == 6, "three finished steps, and three that were skipped"
+
+
 def test_a_series_of_skips_goes_on_over_a_resume(tmp_path: Path) -> None:
     options = ("train.log_every=2", "checkpoint.every=5", "train.max_skipped=6")
     train(2, tmp_path, *options, "train.max_steps=5", function=nan_from_3_on)
@@ -101,7 +108,8 @@ def drifts_at_4(argv: Sequence[str]) -> int:
     def drifting(self: Trainer, batch: Batch) -> None:
         sound(self, batch)
         if self.step == 4 and self.ranks.rank == 2:
-            weights = next(iter(self.model.parameters())).detach()
+            parameters = list(self.model.parameters())
+            weights = parameters[len(parameters) // 2].detach()
             weights.view(-1)[:1].view(torch.int32).bitwise_xor_(torch.tensor(1, dtype=torch.int32))
 
     Trainer.train_step = drifting  # type: ignore[method-assign]
