@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch launch/*.sh) .ci/run
 
-.PHONY: help install train test test-quick torture check bench clean
+.PHONY: help install train test test-quick torture mutants check bench clean
 
 help: ## this list (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,9 @@ test-quick: check ## all checks and the quick tests of every part (three minutes
 
 torture: install ## random accidents for hours
 	PYTHONPATH=tests:tests/slurm OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py $(ARGS)
+
+mutants: install ## silent bugs put in on purpose: does a test see each? (an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)
 
 check: install ## ruff, mypy and shellcheck
 	$(BIN)/ruff check .

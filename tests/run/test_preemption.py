@@ -216,6 +216,7 @@ def test_a_worker_is_asked_to_stop_when_its_launcher_is_killed(tmp_path: Path) -
         assert (tmp_path / "received").read_text() == "SIGTERM"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_a_worker_that_cannot_stop_does_not_outlive_its_launcher_for_long(tmp_path: Path) -> None:
     """Its main thread may hang in a collective with ranks that are gone."""

@@ -106,6 +106,8 @@ RECIPES: dict[str, Recipe] = {
     "2 ranks, fp16": Recipe("fp16", ranks=2, first_scale=2.0**23, growth_interval=3, grad_clip=0.5, **RANDOM),
 }
 
+QUICK = ("the defaults", "fp32, micro-batches, cosine, clipped", "fp16, clipped", "2 ranks, bf16, bitwise")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -142,7 +144,9 @@ def call_train_with(recipe: Recipe, argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_the_train_command_learns_what_the_reference_does(tmp_path: Path, folder: Path, name: str) -> None:
     recipe = RECIPES[name]
     images = ("data.name=folder", f"data.root={folder}", f"data.image_size={SIZE}", "data.num_workers=0")

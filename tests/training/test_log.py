@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from harness import metrics, train
 
+pytestmark = pytest.mark.slow
 BATCH_SIZE, NUM_IMAGES, EVERY = 8, 5000, 5
 
 
