@@ -62,7 +62,7 @@ def kill_and_resume(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_run_killed_three_times_ends_with_the_same_bits(tmp_path: Path, world_size: int, precision: str) -> None:
     overrides = (*HARD, f"train.precision={precision}")
     undisturbed = train(world_size, tmp_path, *overrides, name="undisturbed")

@@ -88,6 +88,7 @@ def checked_out_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_newcomer_finds_the_run_by_the_printed_command_and_link(chromium: str, tmp_path: Path) -> None:
     options = ("tracking.enabled=true", "train.max_steps=12", "checkpoint.every=6", "tracking.experiment=first-steps")
     argv = [sys.executable, "-m", "ddpm_dist.train", *Job.argv(tmp_path, *options, name="newcomer")]

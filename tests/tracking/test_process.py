@@ -48,6 +48,7 @@ def log_of(directory: RunDirectory) -> str:
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent"])
+@pytest.mark.slow
 def test_finished_run_waits_five_seconds_at_most_for_a_server_that_does_not_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
@@ -146,6 +147,7 @@ HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK
 
 
 @pytest.mark.parametrize("state", ["finished", "running"])
+@pytest.mark.slow
 def test_sync_waits_for_the_shipper_of_a_run_that_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
