@@ -42,7 +42,7 @@ check: install ## ruff, mypy and shellcheck
 	$(BIN)/mypy tests/slurm/conftest.py
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
 
-bench: install ## the measurements of docs/performance
+bench: install ## the side-by-side measurements of benchmarks/
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.tracking
