@@ -22,6 +22,16 @@ from ddpm_dist.models.averages import EMA
 from ddpm_dist.models.networks import NETWORKS
 from ddpm_dist.randomness import derive_seed
 
+TABLES: dict[str, Mapping[str, Any]] = {
+    "diffusion.schedule": SCHEDULES,
+    "diffusion.prediction": PREDICTIONS,
+    "loss.weighting": LOSSES,
+    "loss.timestep_sampler": TIMESTEP_SAMPLERS,
+    "model.name": NETWORKS,
+    "preview.sampler": SAMPLERS,
+}
+"""The table in which the value of each such key is looked up."""
+
 
 def check_names(config: Config) -> None:
     """Names that stand in a table, and the rules of the chosen network.
@@ -29,17 +39,9 @@ def check_names(config: Config) -> None:
     Raises:
         ConfigError: names the key, the value and what would be valid.
     """
-    tables: dict[str, tuple[str, Mapping[str, Any]]] = {
-        "diffusion.schedule": (config.diffusion.schedule, SCHEDULES),
-        "diffusion.prediction": (config.diffusion.prediction, PREDICTIONS),
-        "loss.weighting": (config.loss.weighting, LOSSES),
-        "loss.timestep_sampler": (config.loss.timestep_sampler, TIMESTEP_SAMPLERS),
-        "model.name": (config.model.name, NETWORKS),
-        "preview.sampler": (config.preview.sampler, SAMPLERS),
-    }
-    for key, (name, table) in tables.items():
-        if name not in table:
-            raise ConfigError(f"{key}={name}: expected one of {', '.join(table)}")
+    for key, name in config.named_parts().items():
+        if name not in TABLES[key]:
+            raise ConfigError(f"{key}={name}: expected one of {', '.join(TABLES[key])}")
     try:
         NETWORKS[config.model.name].check(config.model)
     except ValueError as error:

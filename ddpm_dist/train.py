@@ -74,6 +74,10 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
             return 0, rank
         config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
+        if args.dry_run and config.named_parts() != Config().named_parts():
+            from ddpm_dist.build import check_names  # it takes torch, and so two seconds
+
+            check_names(config)
     except UserError as error:
         return _refuse(error, rank), rank
     if args.dry_run or args.where or args.for_sbatch:

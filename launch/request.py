@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_config(config: Config, world_size: int) -> None:
+    """Raises ConfigError for what would end a job after its time in the queue: the number of ranks, unknown names."""
+    check_world_size(config, world_size)
+    # A login node may lack torch where jobs run in a container; then the job says it.
+    if config.named_parts() != Config().named_parts() and importlib.util.find_spec("torch") is not None:
+        from ddpm_dist.build import check_names
+
+        check_names(config)
+
+
 def from_arguments(args: argparse.Namespace) -> Request:
     """Raises ConfigError for what cannot work on any cluster."""
     for name, least in (("nodes", 1), ("cpus_per_task", 1), ("max_requeues", 0)):
@@ -107,7 +118,7 @@ def from_arguments(args: argparse.Namespace) -> Request:
     if gpus and tasks > gpus:
         raise ConfigError(f"--tasks-per-node {tasks}: more ranks than --gpus-per-node {gpus}; one rank uses one GPU")
     config = load_config(args.config, args.overrides)
-    check_world_size(config, args.nodes * tasks)
+    check_config(config, args.nodes * tasks)
     minutes = None if args.time is None else minutes_of("--time", args.time)
     total = None if args.total_time is None else minutes_of("--total-time", args.total_time)
     return Request(

@@ -7,9 +7,9 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from ddpm_dist.config import check_world_size, load_config
+from ddpm_dist.config import load_config
 from ddpm_dist.errors import ConfigError
-from launch.request import Request
+from launch.request import Request, check_config
 
 
 def grid(request: Request, sweep: Sequence[str]) -> list[Request]:
@@ -33,7 +33,7 @@ def grid(request: Request, sweep: Sequence[str]) -> list[Request]:
         suffix = "-".join(re.sub(r"[^A-Za-z0-9.=+_-]", "_", text) for text in _shortened(chosen))
         overrides = (*request.overrides, *chosen, f"run.name={request.config.run.name}-{suffix}")
         config = load_config(request.config_file, overrides)
-        check_world_size(config, request.world_size)
+        check_config(config, request.world_size)
         points.append(dataclasses.replace(request, overrides=overrides, config=config))
     if len({point.config.directory for point in points}) < len(points):
         raise ConfigError(f"--sweep {' --sweep '.join(sweep)}: two points have one name; give each value once")

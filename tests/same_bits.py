@@ -33,7 +33,7 @@ TINY = (
 LOSS_TOLERANCE = 1e-6  # relative, of one step's logged loss
 
 
-def recipes(data_root: str) -> dict[str, tuple[int, tuple[str, ...]]]:
+def recipes(data_root: str, bf16_steps: int, quickstart_steps: int) -> dict[str, tuple[int, tuple[str, ...]]]:
     """{name: (ranks, arguments)} of every run, the short ones first."""
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
     for precision in ("fp32", "bf16", "fp16"):
@@ -46,10 +46,11 @@ def recipes(data_root: str) -> dict[str, tuple[int, tuple[str, ...]]]:
     for precision in ("fp32", "bf16"):
         for ranks in (1, 2):
             for mode in ("stream", "bitwise"):
-                keys = (f"train.precision={precision}", f"elastic.mode={mode}", "train.max_steps=60")
+                steps = bf16_steps if precision == "bf16" else 60
+                keys = (f"train.precision={precision}", f"elastic.mode={mode}", f"train.max_steps={steps}")
                 name = f"reference {precision} {mode} {ranks} ranks"
                 found[name] = (ranks, (f"data.root={data_root}", "data.download=false", *keys))
-    found["quickstart"] = (1, ("--config", "configs/quickstart.yaml"))
+    found["quickstart"] = (1, ("--config", "configs/quickstart.yaml", f"train.max_steps={quickstart_steps}"))
     return found
 
 
@@ -109,7 +110,9 @@ def digest(value: Any) -> str:
 
 def record(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {}
-    for name, (ranks, arguments) in recipes(str(args.data_root.resolve())).items():
+    for name, (ranks, arguments) in recipes(
+        str(args.data_root.resolve()), args.bf16_steps, args.quickstart_steps
+    ).items():
         if args.only and not name.startswith(args.only):
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -158,6 +161,8 @@ def main() -> int:
     recording.add_argument("--code", type=Path, default=PROJECT)
     recording.add_argument("--out", type=Path, required=True)
     recording.add_argument("--only", help="runs whose names begin like this: tiny, old, reference, quickstart")
+    recording.add_argument("--bf16-steps", type=int, default=60, help="of the reference recipe in bf16 [60]")
+    recording.add_argument("--quickstart-steps", type=int, default=1800, help="[1800]")
     recording.add_argument("--data-root", type=Path, default=PROJECT / "data", help="holds MNIST/raw")
     recording.add_argument("--old-run", type=Path, help="a run directory of an older version, to resume a copy of")
     recording.add_argument("--keep", type=Path, help="keep the run directory there (with --only old)")

@@ -462,3 +462,26 @@ def test_status_says_how_a_start_failed_before_its_first_step(root: Path) -> Non
     refused(65, 1, root, *go_on(root), words=["no usable checkpoint"])
     ended = status(root / "run")
     assert (ended["state"], ended["exit_code"], ended["attempt"], ended["saved_step"]) == ("failed", 65, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [
+        ("diffusion.schedule", "linear"),
+        ("diffusion.prediction", "eps"),
+        ("loss.weighting", "simple"),
+        ("loss.timestep_sampler", "uniform"),
+        ("model.name", "unet"),
+        ("preview.sampler", "ddim, ddpm"),
+    ],
+)
+def test_name_that_is_in_no_table_is_refused_with_the_valid_ones(
+    capsys: pytest.CaptureFixture[str], key: str, valid: str
+) -> None:
+    """By --dry-run, which writes nothing, as by the run itself (which calls the same function)."""
+    from ddpm_dist.train import main
+
+    assert main(["--dry-run", f"{key}=nonsense"]) == 78
+    said = capsys.readouterr()
+    assert said.err.strip() == f"error: {key}=nonsense: expected one of {valid}"
+    assert said.out == ""

@@ -26,6 +26,7 @@ def key(
     above: float | None = None,
     below: float | None = None,
     free: bool = False,
+    named: bool = False,
 ) -> Any:
     """A config key.
 
@@ -34,9 +35,10 @@ def key(
         help: one line for `--help-config`.
         minimum, above, below: inclusive lower, exclusive lower and exclusive upper bound of a number.
         free: True if the key may change when a run is resumed. All others shape what is learned.
+        named: True if the value is a name in a table of the package (see build.py), where anybody may add one.
     """
     bounds = {"minimum": minimum, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, "free": free, **bounds})
+    return field(default=default, metadata={"help": help, "free": free, "named": named, **bounds})
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def loader_workers(data: DataConfig) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = key("unet", "the network")
+    name: str = key("unet", "the network", named=True)
     channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
     time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
     dropout: float = key(0.0, "dropout inside each residual block", minimum=0.0, below=1.0)
@@ -83,16 +85,16 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DiffusionConfig:
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
-    schedule: str = key("linear", "shape of the betas")
-    prediction: str = key("eps", "what the network predicts; eps: the noise")
+    schedule: str = key("linear", "shape of the betas", named=True)
+    prediction: str = key("eps", "what the network predicts; eps: the noise", named=True)
     beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
     beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    weighting: str = key("simple", "of the timesteps; simple: all alike")
-    timestep_sampler: str = key("uniform", "how the timestep of each image is drawn")
+    weighting: str = key("simple", "of the timesteps; simple: all alike", named=True)
+    timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class CheckpointConfig:
 class PreviewConfig:
     every: int = key(1000, "steps between sample grids (0: only at the end)", minimum=0, free=True)
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
-    sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True)
+    sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
     steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
     seed: int = key(0, "seed of the grids; training noise is untouched by them", minimum=0, free=True)
 
@@ -198,6 +200,11 @@ class Config:
     def directory(self) -> Path:
         """The run directory, run.root/run.name."""
         return Path(self.run.root) / self.run.name
+
+    def named_parts(self) -> dict[str, str]:
+        """{dotted key: name} of all keys whose value is a name in a table of the package."""
+        flat = to_flat(self)
+        return {name: flat[name] for name, item in keys().items() if item.field.metadata["named"]}
 
     def target(self, num_images: int) -> int:
         """The step at which the run is finished."""

@@ -190,6 +190,8 @@ def test_a_sweep_is_the_whole_grid_with_names_that_say_which() -> None:
         (["--sweep=run.seed=1,1"], ["one name"]),
         (["--at-once=0"], ["--at-once 0"]),
         (["optim.lr=fast"], ["optim.lr", "fast"]),
+        (["model.name=unit"], ["model.name=unit", "unet"]),
+        (["--sweep=diffusion.schedule=linear,cosin"], ["diffusion.schedule=cosin", "linear"]),
         (["--partitoin=gpu"], ["--partitoin"]),
     ],
 )
