@@ -182,11 +182,14 @@ def judge(mutant: Mutant, checkout: Path, wider: bool) -> Verdict:
 
 
 def check_named_tests(mutants: Iterable[Mutant], checkout: Path) -> None:
-    """Raises SystemExit if a named test fails without any bug: it would seem to see every one."""
+    """Raises SystemExit if named tests fail without any bug: they would seem to see every one."""
+    failing = []
     for call in dict.fromkeys(call for mutant in mutants for call in mutant.tests):
         code, first = run_tests(checkout, call)
         if code != PASSED:
-            raise SystemExit(f"without any bug, `pytest {call}` ends with {code}: {first}")
+            failing.append(f"without any bug, `pytest {call}` ends with {code}: {first}")
+    if failing:
+        raise SystemExit("\n".join(failing))
 
 
 def main() -> int:
