@@ -6,6 +6,7 @@ trainer that is killed. It holds no state: a requeued job runs the same command 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,7 +47,8 @@ class Task:
         code = child.wait()
         if code == 0:
             return 0
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk must not cost the exit code
+            sys.stdout.flush()
         # Past submitit, which would pickle an error: the exit code is all that the batch script wants to know.
         os._exit(128 - code if code < 0 else code)
 

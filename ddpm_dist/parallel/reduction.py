@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from ddpm_dist.parallel.ranks import Ranks
@@ -199,7 +200,7 @@ class TreeReduction:
         for _, partial in reversed(self._partial_sums):
             torch._foreach_add_(gradients, [partial[self._place[id(parameter)]] for parameter in parameters])
 
-    def _hook(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _hook(self, bucket: GradBucket) -> Future[Tensor]:
         assert self._transport is not None
         # With gradient_as_bucket_view these gradients are the bucket; bucket.gradients() would show memory that is
         # channels_last as if it were contiguous.

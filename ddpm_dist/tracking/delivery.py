@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from ddpm_dist.output import drop_what_cannot_be_written
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import is_held
 from ddpm_dist.tracking.description import surroundings
@@ -106,6 +107,7 @@ def main() -> int:
     parser.add_argument("--follow", type=int, required=True, metavar="PID", help="the trainer, our parent")
     parser.add_argument("--signs", type=int, metavar="FD", help="a pipe to the trainer, for signs")
     args = parser.parse_args()
+    drop_what_cannot_be_written("stdout", "stderr")  # shipper.log may lie on a full disk
     prepare_client()
     directory, sign = RunDirectory(args.run_directory), no_sign if args.signs is None else sign_into(args.signs)
     with contextlib.ExitStack() as held:

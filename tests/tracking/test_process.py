@@ -176,3 +176,29 @@ def test_sync_waits_for_the_shipper_of_a_run_that_has_ended(
             holder.kill()
     if state == "running":
         lease.release()
+
+
+@pytest.mark.slow
+def test_a_shipper_whose_log_is_full_goes_on_trying(tmp_path: Path) -> None:
+    """It says that the server does not answer, which a full disk does not take, and asks again."""
+    directory = make_run(tmp_path, "full-log", f"tracking.uri=http://127.0.0.1:{free_port()}", state="running")
+    reading, writing = os.pipe()
+    argv = [sys.executable, "-m", "ddpm_dist.tracking.delivery", str(directory.path), "--follow", str(os.getpid())]
+    with open("/dev/full", "wb") as full:
+        shipper = subprocess.Popen(
+            [*argv, "--signs", str(writing)],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=full,
+            pass_fds=[writing],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    try:
+        os.close(writing)
+        signs = [os.read(reading, 1) for _ in range(4)]  # empty once the shipper has ended
+        assert signs == [b"?"] * 4, "it asked, failed, said so, and asked again"
+        assert shipper.poll() is None
+    finally:
+        shipper.kill()
+        shipper.wait(10)
+        os.close(reading)
