@@ -1,0 +1,147 @@
+"""What the documents name is there: files, links and their headings, make targets, modules, config keys, exit codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ddpm_dist.config import keys
+from ddpm_dist.errors import ExitCode
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
+# Of a run directory, or of the reader: these are no files of the project.
+ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "runs/mnist/config.yaml"}
+SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".toml", ".md", ".png", ".txt"}
+
+
+def code_blocks(text: str) -> str:
+    """Fenced blocks, and lines that are indented by four blanks."""
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"^ {4}\S.*$", without_fences(text), re.MULTILINE)])
+
+
+def without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def in_backticks(text: str) -> list[str]:
+    prose = re.sub(r"^ {4}\S.*$", "", without_fences(text), flags=re.MULTILINE)
+    return re.findall(r"`([^`]+)`", prose)
+
+
+def words_of_code(text: str) -> list[str]:
+    """All that stands in backticks or in a block of code, word by word, without brackets and punctuation."""
+    words = " ".join([*in_backticks(text), code_blocks(text)]).split()
+    return [word.strip("()[],:;'\"") for word in words]
+
+
+def looks_like_ours(word: str) -> bool:
+    """Whether a word is the name of a file, or a path below one of the project's folders."""
+    is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", word) is not None
+    is_below = "/" in word and word.partition("/")[0] in CODE
+    return is_path and (is_below or Path(word).suffix in SUFFIXES) and word not in ELSEWHERE
+
+
+def missing_files(text: str) -> Iterator[str]:
+    """Files and folders that are neither in the checkout nor in the package."""
+    for word in words_of_code(text):
+        if looks_like_ours(word) and not any((folder / word).exists() for folder in (ROOT, ROOT / "ddpm_dist")):
+            yield word
+
+
+def dead_links(text: str, folder: Path = ROOT) -> Iterator[str]:
+    """Relative links whose file, or whose heading in that file, is not there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(text)):
+        name, _, heading = target.partition("#")
+        file = folder / name
+        if re.match(r"\w+:", target):
+            continue
+        linked = text if not name else file.read_text(encoding="utf-8") if heading and file.exists() else ""
+        if (name and not file.exists()) or (heading and heading not in headings(linked)):
+            yield target
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a document, as GitHub makes them."""
+    titles = re.findall(r"^#+ +(.*?) *$", without_fences(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def missing_targets(text: str) -> Iterator[str]:
+    """Targets of make that the Makefile does not have."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = "\n".join([*in_backticks(text), code_blocks(text)])
+    for target in re.findall(r"^ *make +([a-z][a-z-]*)", commands, re.MULTILINE):
+        if target not in targets:
+            yield f"make {target}"
+
+
+def missing_modules(text: str) -> Iterator[str]:
+    """Modules that `python -m` is to run; those of other projects are not looked at."""
+    for module in re.findall(r"-m +(\w+(?:\.\w+)*)", text):
+        path = ROOT / module.replace(".", "/")
+        if module.partition(".")[0] in CODE and not (path.with_suffix(".py").exists() or path.is_dir()):
+            yield module
+
+
+def unknown_keys(text: str) -> Iterator[str]:
+    """Words like `section.key` whose section is one of the config, and that are no key of it."""
+    sections = {name.partition(".")[0] for name in keys()}
+    for word in words_of_code(text):
+        found = re.fullmatch(r"((\w+)\.(\w+))(=.*)?", word)
+        if found and found[2] in sections and f".{found[3]}" not in SUFFIXES and found[1] not in keys():
+            yield word
+
+
+CHECKS: list[Callable[[str], Iterator[str]]] = [missing_files, missing_targets, missing_modules, unknown_keys]
+
+
+def test_there_are_documents_to_check() -> None:
+    assert ROOT / "README.md" in DOCUMENTS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(document: Path, check: Callable[[str], Iterator[str]]) -> None:
+    assert list(check(document.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    assert list(dead_links(document.read_text(encoding="utf-8"), document.parent)) == []
+
+
+def test_the_readme_explains_every_exit_code() -> None:
+    _, _, table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| exit code | meaning |")
+    rows = re.findall(r"^\| (\d+) \|", table.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(map(int, rows)) == sorted(ExitCode)
+
+
+@pytest.mark.parametrize(
+    ("check", "text", "found"),
+    [
+        (missing_files, "`training/gone.py` and `data/batches.py`, `status.json`", ["training/gone.py"]),
+        (missing_files, "    bash slurm/gone.sh configs/mnist.yaml", ["slurm/gone.sh"]),
+        (missing_files, "```\npython tests/gone.py\n```", ["tests/gone.py"]),
+        (missing_files, "`tests/gone/`, `tests/data/`, `launch/`, `runs/mnist`, `docs/x` and no path: tests/y", [
+            "tests/gone/", "docs/x",
+        ]),
+        (dead_links, "[a](README.md) [b](gone.md) [c](https://example.org/x) [d](#here) [e](#Here)\n# Here", [
+            "gone.md", "#Here",
+        ]),
+        (dead_links, "[a](README.md#quick-start) [b](README.md#slow-start)", ["README.md#slow-start"]),
+        (missing_targets, "`make test`, `make rain`, to make sense", ["make rain"]),
+        (missing_targets, "    make train\n    make trains  # make sense", ["make trains"]),
+        (missing_modules, "`python -m ddpm_dist.gone`, -m launch.submit, -m pip", ["ddpm_dist.gone"]),
+        (unknown_keys, "`optim.lr=1e-4`, `optim.rate=1`, `train.sbatch`, `data.name`, `launch.submit`", [
+            "optim.rate=1",
+        ]),
+    ],
+)  # fmt: skip
+def test_the_checks_see_what_is_missing(check: Callable[[str], Iterator[str]], text: str, found: list[str]) -> None:
+    assert list(check(text)) == found
