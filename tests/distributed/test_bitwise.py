@@ -215,21 +215,44 @@ def test_stream_mode_warns_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_contract_is_in_every_checkpoint(tmp_path: Path) -> None:
+    """With the config beside it, whose keys the contract does not repeat."""
     run = train(1, tmp_path, *BITWISE, "train.max_steps=2", "checkpoint.every=1")
     for step in committed(run):
-        contract = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)["contract"]
-        expected = {
-            "seed": 0,
-            "mode": "bitwise",
-            "shards": 8,
-            "batch_size": 16,
+        saved = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+        keys = {
+            "run.seed": 0,
+            "elastic.mode": "bitwise",
+            "elastic.shards": 8,
+            "data.batch_size": 16,
+            "train.matmul_precision": "highest",
+        }
+        assert {key: saved["config"][key] for key in keys} == keys
+        terms = {
             "precision": "fp32",
-            "matmul_precision": "highest",
             "threads": 1,
             "channels_last": True,
             "compile": False,
             "device": "cpu",
             "torch": str(torch.__version__),
         }
-        assert {key: contract[key] for key in expected} == expected
-        assert len(contract["canary"]) == 16
+        assert {key: saved["contract"][key] for key in terms} == terms
+        assert len(saved["contract"]["canary"]) == 16
+
+
+def on_a_processor_with_bf16(argv: Sequence[str]) -> int:
+    torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}  # type: ignore[assignment]
+    return call_train(argv)
+
+
+def on_a_processor_without_bf16(argv: Sequence[str]) -> int:
+    torch.cpu.get_capabilities = lambda: {}  # type: ignore[assignment]
+    return call_train(argv)
+
+
+def test_what_auto_meant_at_step_0_holds_on_another_processor(tmp_path: Path) -> None:
+    options = ("train.precision=auto", "train.channels_last=auto", "model.dropout=0.1")
+    undisturbed = train(1, tmp_path, *options, "train.max_steps=6", name="one", function=on_a_processor_with_bf16)
+    train(1, tmp_path, *options, "train.max_steps=3", name="moved", function=on_a_processor_with_bf16)
+    moved = train(1, tmp_path, *options, "train.max_steps=6", name="moved", function=on_a_processor_without_bf16)
+    assert state_differences(undisturbed, moved) == []
+    assert final_state(moved)["contract"]["precision"] == "bf16"
