@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from harness import train
 from PIL import Image
 
+from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.sample import main
 
 QUICK = ("diffusion.num_timesteps=20", "preview.steps=5", "train.max_steps=3", "model.dropout=0.2")
@@ -84,3 +87,17 @@ def test_mistakes_get_one_line(
     assert len(lines) == 1
     assert lines[0].startswith("error:")
     assert words in lines[0]
+
+
+@pytest.mark.xfail(strict=True, reason="a KeyError")
+def test_part_that_only_a_later_version_knows_is_named_in_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later, store = tmp_path / "later", CheckpointStore(tmp_path / "later" / "checkpoints")
+    checkpoint = CheckpointStore(run / "checkpoints").load(3)
+    store.save(dataclasses.replace(checkpoint, config=checkpoint.config | {"diffusion.schedule": "spiral"}), {})
+    shutil.copy(run / "config.yaml", later)
+    assert main([str(later)]) == 65
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "step-00000003.pt" in line
+    assert "diffusion.schedule=spiral: expected one of linear" in line
