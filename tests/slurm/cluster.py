@@ -1,4 +1,4 @@
-"""A throw-away SLURM for the tests: slurm/local-cluster, always taken down again."""
+"""A throw-away SLURM for the tests, made with slurm/local-cluster and always taken down again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ HOW_TO_GET_IT = (
 
 
 class Cluster:
-    """SLURM's commands, on a cluster that runs."""
+    """SLURM's commands on a cluster that is up.
+
+    Args:
+        state: the folder of the cluster, with its slurm.conf.
+    """
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -58,27 +62,27 @@ class Cluster:
         return done.returncode, done.stdout
 
     def batch(self, log: Path, *argv: str, timeout: float = 90) -> tuple[int, str]:
-        """Submit a batch script and wait for its end: (exit code, output)."""
+        """Submit a batch script and wait for its end. Returns (exit code, output)."""
         fields = self.wait_for_end(self.submit(log, *argv), log, timeout)
         return int(fields["ExitCode"].split(":")[0]), text_of(log)
 
     def submit(self, log: Path, *argv: str) -> str:
-        """Returns the job's id."""
+        """Submit a batch script. Returns the job's id."""
         code, job = self.run("sbatch", "--parsable", f"--output={log}", *argv)
         assert code == 0, job
         return job.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """SLURM's fields of a job."""
+        """What `scontrol show job` says of a job, as {field: value}."""
         shown = self.run("scontrol", "show", "job", "--oneliner", job)[1]
         return dict(field.partition("=")[::2] for field in shown.split())
 
     def wait_for_end(self, job: str, log: Path, timeout: float = 90) -> dict[str, str]:
-        """Until the job has ended for good; `sbatch --wait` looks too rarely."""
+        """Wait until the job has ended for good; returns its fields. `sbatch --wait` would look too rarely."""
         return self.wait_for(job, ENDED, log, timeout)
 
     def wait_for(self, job: str, states: Sequence[str], log: Path, timeout: float = 90) -> dict[str, str]:
-        """Until the job is in one of these states; returns its fields."""
+        """Wait until the job is in one of these states; returns its fields."""
         deadline = time.monotonic() + timeout
         while (fields := self.job(job)).get("JobState") not in states:
             assert time.monotonic() < deadline, f"not {states} after {timeout} s: {fields}\n{text_of(log)}"
@@ -101,7 +105,7 @@ class Cluster:
         return set(nodes) == {"idle"} and not self.run("squeue", "--noheader")[1].strip()
 
     def control(self, *argv: str) -> None:
-        """slurm/local-cluster's commands: crash, crash-slurmd, restore."""
+        """Run a command of slurm/local-cluster: crash, crash-slurmd, restore, down."""
         local_cluster(self.state, *argv)
 
 
@@ -110,7 +114,7 @@ def text_of(log: Path) -> str:
 
 
 def why_no_slurm() -> str:
-    """What this machine lacks, or an empty string."""
+    """What this machine lacks for a local SLURM; an empty string if it lacks nothing."""
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"))
     missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
@@ -133,13 +137,16 @@ def local_cluster(state: Path, *argv: str) -> None:
 
 @contextlib.contextmanager
 def cluster_of(*options: str) -> Iterator[Cluster]:
-    """A cluster that is up inside; skips where there can be none."""
+    """A cluster that is up inside the `with`. Skips the test where this machine cannot have one.
+
+    With DDPM_REQUIRE_SLURM=1 the test fails instead.
+    """
     lack = why_no_slurm()
     if lack and os.environ.get("DDPM_REQUIRE_SLURM") == "1":
         pytest.fail(f"DDPM_REQUIRE_SLURM=1, but {lack}")
     if lack:
         pytest.skip(lack)
-    # Not tmp_path: Unix sockets live here, and their paths are short.
+    # Not tmp_path: the cluster puts Unix sockets here, whose paths must be short.
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         local_cluster(state, "up", *options)

@@ -1,4 +1,4 @@
-"""A cluster of three nodes for the tests of this folder, and what they compare with."""
+"""A cluster of three nodes for the tests of this folder, and the undisturbed run that they compare with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster; whatever jobs a test leaves are ended before the next begins."""
+    """The cluster. Jobs that a test leaves behind are ended before the next test begins."""
     yield running_cluster
     running_cluster.run("scancel", "--user=root", "--signal=KILL")
     running_cluster.run("scancel", "--user=root")
@@ -32,43 +32,44 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """submitted.RUN, trained by one process without any cluster."""
+    """The run directory of submitted.RUN, trained by one process without any cluster."""
     overrides = (*RUN, "--config", CONFIG)
     return train(1, tmp_path_factory.mktemp("reference"), *overrides, name="undisturbed", timeout=200)
 
 
 @pytest.fixture(scope="session")
 def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SubmittedRun]]:
-    """Runs that wait for minutes and hardly work, on a cluster of their own.
+    """Runs that take minutes of waiting and hardly any work, on a cluster of their own.
 
-    "lead" and "limit" are in jobs of one minute, one of them signalled ahead of its limit; each is cancelled in its
-    third life. "crashing" never gets as far as training.
+    "lead" and "limit" are jobs with a time limit of one minute. SLURM signals "lead" some seconds before the limit,
+    and "limit" only when the limit is reached. Each is cancelled during its third attempt. "crashing" dies before its
+    first step, each time.
     """
     root, endless = tmp_path_factory.mktemp("unattended"), ("train.max_steps=1000000", "checkpoint.every=100000")
     with cluster_of("--nodes", "4", "--cpus", "1", "--gpus", "0") as other, ThreadPoolExecutor() as threads:
-        # SIGURG is ignored by who does not listen for it: this job gets nothing before its time is up.
+        # A process ignores SIGURG unless it asks for it, so "limit" notices nothing before its time is up.
         found = {
             name: SubmittedRun(other, root, (*RUN, *endless), ("--nodes=1", "--time=1", f"--signal={signal}"), name)
             for name, signal in (("lead", "USR2@5"), ("limit", "URG@1"))
         }
         for run in found.values():
-            threads.submit(_cancel_in_third_life, run)
+            threads.submit(_cancel_third_attempt, run)
         found["crashing"] = _crashing(other, root)
         yield found
 
 
-def _cancel_in_third_life(run: SubmittedRun) -> None:
+def _cancel_third_attempt(run: SubmittedRun) -> None:
     run.wait_for_step(1, attempt=3, timeout=400)
     run.cluster.run("scancel", run.job)
 
 
 def _crashing(cluster: Cluster, root: Path) -> SubmittedRun:
-    """Real deaths of a real worker: Python imports sitecustomize before anything else."""
+    """A run whose rank 1 kills itself at each start: Python imports sitecustomize before anything else."""
     bad = root / "bad"
     bad.mkdir()
     (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
     path = cluster.environment["PYTHONPATH"]
-    cluster.environment["PYTHONPATH"] = f"{bad}:{path}"  # a job keeps what it was submitted with
+    cluster.environment["PYTHONPATH"] = f"{bad}:{path}"  # a job keeps the environment in which it was submitted
     try:
         return SubmittedRun(cluster, root, RUN, ("--nodes=2", "--ntasks-per-node=1"), "crashing")
     finally:
@@ -76,7 +77,7 @@ def _crashing(cluster: Cluster, root: Path) -> SubmittedRun:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the unattended runs with the first test of SLURM, since they take minutes."""
+    """Start the unattended runs before the first test that needs SLURM, since they take minutes."""
     ours = [item for item in items if isinstance(item, pytest.Function) and item.get_closest_marker("slurm")]
     if any("unattended" in item.fixturenames for item in ours):
         ours[0].fixturenames.insert(0, "unattended")

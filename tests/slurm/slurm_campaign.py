@@ -1,4 +1,4 @@
-"""The long campaigns on a real SLURM, for `make torture`."""
+"""The part of `make torture` that needs a real SLURM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BITWISE = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=100
 
 
 def preemptions(root: Path, count: int, seed: int) -> str:
-    """One run, preempted at random steps again and again, by turns with each of SLURM's signals for it."""
+    """Preempt one run PREEMPTIONS times at random steps, for each signal that SLURM can send. Returns the figures."""
     if lack := why_no_slurm():
         return f"skipped: {lack}"
     draw, steps = random.Random(seed), 600
@@ -50,7 +50,7 @@ def _preempt(
     run.wait_for_finish(300)
     run.assert_no_step_twice(steps)
     run.assert_same_bits_as(undisturbed)
-    assert {life["job"] for life in run.lives()} == {run.job}
+    assert {line["job"] for line in run.slurm_log()} == {run.job}
     assert run.in_mlflow() == ("FINISHED", list(range(1, steps + 1)))
     assert max(saved) < 10, f"saved after {saved} s, in a grace of 10 s"
     assert max(back) < 15, f"first new step after {back} s"
@@ -61,7 +61,7 @@ def _preempt(
 
 
 def pairs(root: Path, count: int, seed: int) -> str:
-    """Two jobs that start at once on one node."""
+    """Start two jobs at once on one node, PAIRS times. Returns the figures."""
     if lack := why_no_slurm():
         return f"skipped: {lack}"
     keys = (*BITWISE, "train.max_steps=3")
@@ -74,4 +74,4 @@ def pairs(root: Path, count: int, seed: int) -> str:
             for run in both:
                 run.wait_for_finish()
                 assert run.ends() == [("0", "none")], run.output()
-    return f"{PAIRS} pairs of jobs on one node: each trained at the first try"
+    return f"{PAIRS} pairs of jobs on one node: each job finished at its first attempt"

@@ -1,4 +1,4 @@
-"""Runs that the tests submit with slurm/train.sbatch, and what became of them."""
+"""Runs that the tests submit with slurm/train.sbatch or launch.submit, and what their files say afterwards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 
 
 class SubmittedRun:
-    """One run, one job, submitted with slurm/train.sbatch.
+    """One run, submitted with slurm/train.sbatch as one job.
 
     Args:
-        cluster: where.
+        cluster: the cluster that gets the job.
         root: run.root; the job's log lies there too.
-        overrides: of the config.
-        options: of sbatch.
+        overrides: `key=value`, for the config.
+        options: options of sbatch.
+        name: run.name.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SubmittedRun:
         self.job = self.submit(options)
 
     def submit(self, options: Sequence[str], log: Path | None = None) -> str:
-        """The same command again; returns the job's id."""
+        """Submit the run, as one more job if it was submitted before. Returns the job's id."""
         keys = (*TINY, f"run.root={self.root}", f"run.name={self.name}", *self.overrides)
         return self.cluster.submit(log or self.log, *options, "slurm/train.sbatch", CONFIG, *keys)
 
@@ -57,7 +58,7 @@ class SubmittedRun:
         self.cluster.wait_until(condition, what, self.log, timeout)
 
     def wait_for_step(self, step: int, attempt: int = 1, timeout: float = 60) -> None:
-        """Until this attempt has logged the step."""
+        """Wait until this attempt has logged the step."""
         self.wait_until(
             lambda: any(line["attempt"] == attempt and line["step"] >= step for line in metrics(self.directory)),
             f"step {step} of attempt {attempt}",
@@ -72,18 +73,18 @@ class SubmittedRun:
     def status(self) -> dict[str, Any]:
         return status(self.directory)
 
-    def lives(self) -> list[dict[str, str]]:
-        """slurm.log: the beginning and the end of every life."""
+    def slurm_log(self) -> list[dict[str, str]]:
+        """The lines of slurm.log: the beginning and the end of each start of a job, as {field: value}."""
         path = self.directory / "slurm.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return [dict(field.partition("=")[::2] for field in line.split(" ")) for line in lines]
 
     def ends(self) -> list[tuple[str, str]]:
-        """(exit code, what came next) of every life that ended by itself."""
-        return [(line["code"], line["next"]) for line in self.lives() if line["event"] == "end"]
+        """(exit code, what came next) of each start of a job that ended by itself."""
+        return [(line["code"], line["next"]) for line in self.slurm_log() if line["event"] == "end"]
 
     def in_mlflow(self) -> tuple[str, list[int]]:
-        """(status, steps whose loss is there) of the one MLflow run that there is."""
+        """(status, steps whose loss was shipped) of the only run in MLflow's database."""
         with contextlib.closing(sqlite3.connect(self.root / "mlflow.db")) as database:
             ((name, state),) = database.execute("select run_uuid, status from runs").fetchall()
             steps = database.execute("select step from metrics where run_uuid=? and key='loss' order by step", (name,))
@@ -91,7 +92,7 @@ class SubmittedRun:
 
     def first_step_after_start(self, attempt: int) -> float:
         """Seconds from the batch script's start to the first new step of an attempt."""
-        begins = [int(life["time"]) for life in self.lives() if life["event"] == "begin"]
+        begins = [int(line["time"]) for line in self.slurm_log() if line["event"] == "begin"]
         first = next(line for line in metrics(self.directory) if line["attempt"] == attempt)
         return float(first["time"]) - begins[attempt - 1]
 
@@ -109,7 +110,7 @@ class SubmittedRun:
 
 
 class SubmititRun(SubmittedRun):
-    """The same by launch.submit, which takes options of its own."""
+    """One run, submitted with launch.submit; options of sbatch are translated into its own."""
 
     def submit(self, options: Sequence[str], log: Path | None = None) -> str:
         own = [option.replace("--ntasks-per-node", "--tasks-per-node") for option in options]

@@ -1,4 +1,4 @@
-"""The doctor on a real SLURM: a healthy request, misconfigurations, and the probe from inside an allocation."""
+"""launch.doctor on a real SLURM: a sound request, wrong requests, and the probe from inside an allocation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_probe_from_inside_an_allocation(cluster: Cluster, tmp_path: Path) -
 
 
 def test_the_probe_sees_a_folder_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
-    """Each node with a /mnt of its own."""
+    """Each node has a /mnt of its own, which stands for a run.root that is not shared."""
     own = 'mount -t tmpfs none /mnt && exec "$@"'
     keys = ("--config", "configs/quickstart.yaml", "run.root=/mnt", "train.device=cpu")
     probe = (sys.executable, "-m", "launch.doctor", "--on-node", "--seconds=1", *keys)

@@ -1,4 +1,4 @@
-"""A real SLURM whose nodes die, and runs that cannot go on: what can be saved comes back, what cannot stays failed."""
+"""On a real SLURM, a run goes on after the death of a node, and a run that can never work fails once."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, re
         run.wait_for_finish(180)
     finally:
         cluster.control("restore", "node2")
-    assert [life["nodes"] for life in run.lives() if life["event"] == "begin"] == ["node[1-2]", "node[1,3]"]
+    assert [line["nodes"] for line in run.slurm_log() if line["event"] == "begin"] == ["node[1-2]", "node[1,3]"]
     assert run.attempts()[1]["start_step"] >= 10, "it started over"
     run.assert_same_bits_as(reference)
 
 
-def test_a_life_that_slurm_believes_dead_writes_nothing_any_more(cluster: Cluster, tmp_path: Path) -> None:
-    """Only slurmd dies; the tasks train on while the job comes back on another node."""
+def test_an_attempt_that_slurm_believes_dead_writes_nothing_any_more(cluster: Cluster, tmp_path: Path) -> None:
+    """Only slurmd dies: the tasks on its node go on training while SLURM restarts the job on another node."""
     keys = ("optim.warmup_steps=2", "train.max_steps=12000", "checkpoint.every=50", "checkpoint.keep_last=2")
     run = SubmittedRun(cluster, tmp_path, keys, ONE_NODE)
     run.wait_for_step(60)
     cluster.control("crash-slurmd", "node1")
     try:
         run.wait_for_step(60, attempt=2, timeout=120)
-        run.wait_until(lambda: run.attempts()[0].get("ended") is not None, "the end of the first life", 60)
+        run.wait_until(lambda: run.attempts()[0].get("ended") is not None, "the end of the first attempt", 60)
         cluster.run("scancel", run.job)
-        run.wait_until(lambda: bool(run.ends()), "the end of the second life")
+        run.wait_until(lambda: bool(run.ends()), "the end of the second attempt")
     finally:
         cluster.control("restore", "node1")
     first, second = run.attempts()
     assert first["exit_code"] == 76
     assert "taken over" in first["reason"]
     attempts = [line["attempt"] for line in metrics(run.directory)]
-    assert attempts == sorted(attempts), "the first life wrote after the second had begun"
+    assert attempts == sorted(attempts), "the first attempt wrote after the second had begun"
     assert second["start_step"] >= 50, "it started over"
-    assert run.ends() == [("75", "none")], "the first life had nothing to decide any more"
+    assert run.ends() == [("75", "none")], "only the restarted job decides what comes next"
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
 
 
 def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    # What else the batch shell sets must reach the tasks all the same.
+    # The export list is short on purpose: what the batch script itself sets must reach the tasks all the same.
     export = "--export=PATH,HOME,SLURM_CONF,PYTHON,PYTHONPATH"
     half = ("--nodes=1", "--ntasks=1", "--nodelist=node1", export)
     runs = [SubmittedRun(cluster, tmp_path, RUN, half, name=name) for name in ("one", "other")]
     for run in runs:
         run.wait_for_finish()
         run.assert_same_bits_as(reference)
-    assert all(life["nodes"] == "node1" for run in runs for life in run.lives() if "nodes" in life)
+    assert all(line["nodes"] == "node1" for run in runs for line in run.slurm_log() if "nodes" in line)

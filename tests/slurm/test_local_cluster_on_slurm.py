@@ -1,4 +1,4 @@
-"""slurm/local-cluster itself: nodes that crash and come back, and no trace after `down`, in both of its modes."""
+"""slurm/local-cluster itself: nodes crash and come back, and `down` leaves no trace, in both of its modes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(200)]
 
 
 def tasks(cluster: Cluster, node: str) -> int:
-    """How many tasks of jobs run on a node."""
+    """How many tasks of the test's job run on a node."""
     ours = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={cluster.state}/slurm.conf".encode()}
     return sum(command_of(pid)[:2] == [b"sleep", b"600"] and ours <= {*environment_of(pid)} for pid in all_pids())
 
@@ -28,16 +28,16 @@ def tasks(cluster: Cluster, node: str) -> int:
 @pytest.mark.parametrize("mode", ["auto", "ports"])
 def test_a_node_crashes_and_comes_back_and_down_leaves_nothing(tmp_path: Path, mode: str) -> None:
     log, size = tmp_path / "log", ("--nodes", "2", "--cpus", "1", "--gpus", "0")
-    patient = ("--slurmd-timeout", "100")  # SLURM itself is not to end the job of a silent node in this test
+    patient = ("--slurmd-timeout", "100")  # long enough that SLURM does not end the job of the silent node
     with cluster_of(*size, *patient, "--mode", mode) as cluster:
         job = cluster.submit(log, "--nodes=2", "--no-requeue", "--wrap=exec srun sh -c 'exec sleep 600'")
-        cluster.wait_until(lambda: tasks(cluster, "node1") == tasks(cluster, "node2") == 1, "a task a node", log)
+        cluster.wait_until(lambda: tasks(cluster, "node1") == tasks(cluster, "node2") == 1, "one task per node", log)
 
         cluster.control("crash-slurmd", "node2")
-        assert tasks(cluster, "node2") == 1, "its tasks run on"
+        assert tasks(cluster, "node2") == 1, "tasks outlive slurmd"
         cluster.control("crash", "node2")
         cluster.wait_until(lambda: tasks(cluster, "node2") == 0, "the end of every process of the node", log, 10)
-        assert tasks(cluster, "node1") == 1, "and none of another's"
+        assert tasks(cluster, "node1") == 1, "the other node is left alone"
         cluster.control("restore", "node2")
         cluster.run("scancel", job)
         cluster.wait_until(cluster.is_idle, "idle", log)
@@ -63,7 +63,7 @@ def test_a_drill_that_is_stopped_takes_its_cluster_down(tmp_path: Path, stop: si
     argv = [sys.executable, "-u", str(PROJECT / "slurm" / "local-cluster"), "drill", "configs/quickstart.yaml"]
 
     def heed() -> None:
-        """Also where the tests run under nohup or in the background, which ignore SIGHUP or SIGINT."""
+        """Let the signal end the drill: the tests may run under nohup or in the background, where it is ignored."""
         signal.signal(stop, signal.SIG_DFL)
 
     with log.open("wb") as file:

@@ -1,4 +1,4 @@
-"""A real SLURM takes nodes away, in every way it has: the run comes back, loses nothing, ends with the same bits."""
+"""A real SLURM stops a run in each way that it has. The run goes on, loses no step and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def user_signal_cluster() -> Iterator[Cluster]:
-    """With preempt_send_user_signal: a preempted job gets its --signal instead of SIGTERM."""
+    """A cluster with preempt_send_user_signal: a preempted job gets its --signal instead of SIGTERM."""
     with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "0", "--preempt-user-signal") as other:
         yield other
 
@@ -31,7 +31,7 @@ def test_preempted_by_a_job_of_higher_priority(
     run.wait_for_finish()
     assert run.in_mlflow() == ("FINISHED", list(range(1, STEPS + 1)))
     assert run.ends() == [("75", "again"), ("0", "none")]
-    assert {life["job"] for life in run.lives()} == {run.job}
+    assert {line["job"] for line in run.slurm_log()} == {run.job}
     assert run.attempts()[0]["reason"] == f"stopped by {signal}"
     run.assert_no_step_twice(STEPS)
     run.assert_same_bits_as(reference)
@@ -54,7 +54,7 @@ def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -
     run.wait_for_step(20)
     cluster.run("scancel", run.job)
     assert cluster.wait_for_end(run.job, run.log)["JobState"] == "CANCELLED"
-    run.wait_until(lambda: bool(run.ends()), "the end of the life")
+    run.wait_until(lambda: bool(run.ends()), "the end of the job")
     assert run.ends() == [("75", "none")]
     assert "cancelled: stays stopped" in run.output()
     assert run.status()["state"] == "preempted"
@@ -63,7 +63,7 @@ def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -
 
 
 def test_a_signal_to_the_batch_shell_saves_and_comes_back(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    """As --signal=B:USR2@120 sends it; the step does not get it by itself."""
+    """With --signal=B:USR2@120 only the batch shell gets the signal. The script has to pass it on to the tasks."""
     run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
     run.wait_for_step(20)
     assert cluster.run("scancel", "--batch", "--signal=USR2", run.job)[0] == 0
@@ -101,12 +101,12 @@ def test_where_slurm_cancels_and_does_not_requeue_a_successor_goes_on(
         run.wait_for_step(20)
         cluster.preempt()
         run.wait_until(lambda: len(run.attempts()) == 2, "the second attempt")
-        run.job = run.lives()[-1]["job"]
+        run.job = run.slurm_log()[-1]["job"]
         run.wait_for_finish()
     finally:
         cluster.run("scontrol", "update", "partition=low", "preemptmode=requeue")
     assert run.ends() == [("75", "again"), ("0", "none")]
-    assert len({life["job"] for life in run.lives()}) == 2
-    assert len({life["chain"] for life in run.lives()}) == 1
+    assert len({line["job"] for line in run.slurm_log()}) == 2
+    assert len({line["chain"] for line in run.slurm_log()}) == 1
     run.assert_no_step_twice(STEPS)
     run.assert_same_bits_as(reference)

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes: srun and sbatch train one run, not one run per node."""
+"""On two nodes of a real SLURM, srun and sbatch train one run, not one run per node."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def losses(run: Path) -> list[float]:
 
 
 def nodes(run: Path) -> list[str]:
-    """Of the first attempt, as its log says."""
+    """The nodes of the first attempt, as its file says."""
     return list(json.loads((run / "attempts" / "00001.json").read_text())["nodes"])
 
 
@@ -71,7 +71,7 @@ def srun_run(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("srun")
     code, output = running_cluster.run(*srun_argv(root, "plain", *SHORT), timeout=90)
     assert code == 0, output
-    assert output.count("2 rank(s)") == 1, f"two worlds of one, or rank 1 talks:\n{output}"
+    assert output.count("2 rank(s)") == 1, f"each rank trained alone, or rank 1 printed this line too:\n{output}"
     return root / "plain"
 
 
@@ -136,7 +136,7 @@ def test_sigterm_to_the_step_stops_all_ranks_together_and_the_same_srun_finishes
     assert committed(run) == [last], "the step that was reached is the step that was saved"
     ended = status(run)
     assert (ended["state"], ended["step"], ended["exit_code"]) == ("preempted", last, 75)
-    # Both tasks left by themselves; srun puts equal endings of several tasks into one line or two.
+    # Both tasks exited by themselves. srun reports equal endings of two tasks in one line or in two.
     assert set(re.findall(r"tasks? [-,\d]+: (.*)", log.read_text())) == {"Exited with exit code 75"}
     assert "Traceback" not in log.read_text()
 

@@ -1,4 +1,4 @@
-"""launch.submit on a real SLURM: a sweep that is preempted as a whole, GPUs that every rank sees, following a run."""
+"""launch.submit on a real SLURM: a preempted sweep, the GPUs that each rank sees, and following a run to its end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A job whose time is up comes back until the run is done; one whose training always crashes does so three times.
+"""A job that reaches its time limit is restarted until the run is done; one that always crashes is tried three times.
 
-These take minutes of waiting and little work, so they run beside the other tests of this folder.
+These runs take minutes of waiting and little work, so they go on while the other tests of this folder run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(400)]
 @pytest.mark.parametrize("name", ["lead", "limit"])
 def test_the_time_limit_is_reached_twice(unattended: dict[str, SubmittedRun], name: str) -> None:
     run = unattended[name]
-    run.wait_until(lambda: len(run.ends()) == 3, "the end of the third life", 390)
-    # Without a lead SLURM kills after KillWait: the next life is ordered before this one has left its code.
+    run.wait_until(lambda: len(run.ends()) == 3, "the end of the third attempt", 390)
+    # Without a lead SLURM kills the job after KillWait: the restart is ordered before the exit code is known.
     code = "75" if name == "lead" else "none"
     assert run.ends() == [(code, "again"), (code, "again"), ("75", "none")]
-    assert {life["job"] for life in run.lives()} == {run.job}
+    assert {line["job"] for line in run.slurm_log()} == {run.job}
     reason = "stopped by SIGUSR2" if name == "lead" else "stopped by SIGTERM"
     assert [attempt["reason"] for attempt in run.attempts()[:2]] == [reason] * 2
     assert ("time limit reached: requeued" in run.output()) == (name == "limit")
