@@ -1,4 +1,4 @@
-"""The trainer of a run, put together from its config and from what was decided at step 0."""
+"""Builds the trainer of a run from its config and from the choices that were made at step 0."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def build_trainer(
     num_classes: int = 0,
     decay_steps: int | None = None,
 ) -> Trainer:
-    """A trainer at step 0. Collective.
+    """Build a trainer at step 0, with the weights that follow from run.seed. Collective.
 
     Args:
-        numerics: the choices made at step 0.
+        config: of the run.
+        ranks: this process and its peers.
+        numerics: the choices that were made at step 0.
         image_shape: (C, H, W).
-        num_classes: 0 without labels.
-        decay_steps: where the cosine ends; None for a constant rate.
+        num_classes: number of classes of the labels; 0 without labels.
+        decay_steps: the step at which the cosine ends; None for a constant learning rate.
     """
     model = build_model(config, image_shape, num_classes, ranks.device, numerics.channels_last)
     network: torch.nn.Module = torch.compile(model) if numerics.compile else model  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The canary: how this machine rounds, in 16 hex digits."""
+"""The canary: 16 hexadecimal digits that show how this machine rounds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from ddpm_dist.training.step import Trainer
 def canary(trainer: Trainer, images: Images, seed: int, num_timesteps: int) -> str:
     """Digest of the gradient of a small fixed batch at the weights of step 0.
 
-    It is the same wherever a run continues to the bit, whatever the number of ranks, and another one where this
-    machine rounds otherwise. Weights and gradients are left alone.
+    Machines on which the run goes on to the bit have the same canary, whatever the number of ranks. A machine that
+    rounds differently has another one. The weights and gradients of the trainer do not change.
 
     Args:
-        trainer: at step 0, since these weights are the only ones that every attempt has.
-        images: for their shape and conditions; the pixels are drawn.
+        trainer: at step 0, since the weights of step 0 are the only ones that every attempt has.
+        images: only their shape and their conditions are used; the pixels are random.
         seed: run.seed.
         num_timesteps: T.
+
+    Returns:
+        16 hexadecimal digits.
     """
     assert trainer.step == 0, "the weights of step 0 are the only ones that every attempt has"
     probe = trainer.reduction.probe(trainer.model, trainer.micro_batch_size)

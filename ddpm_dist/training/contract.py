@@ -1,8 +1,8 @@
 """The contract of a run: what was decided at step 0 and binds every attempt, kept in each checkpoint.
 
-Three kinds of terms. The images of the run must stay the same. What `auto` was decided to be (precision, memory
-format) and where the cosine ends is obeyed. What the circumstances bring along (threads, device, versions, how this
-machine rounds) is compared. What the config says is not here: `config.changes` compares configs.
+It has three kinds of terms. The images must stay the same. The choices made at step 0 (what `auto` was resolved to,
+and where the cosine ends) are obeyed. The circumstances (threads, device, versions, how this machine rounds) are
+compared, and a difference is refused or warned of. The config is not part of it: `config.changes` compares configs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.training.precision import Numerics, resolve
 
 ARITHMETIC = 1
-"""Goes up by one with each version of ddpm_dist that computes other bits from the same config."""
+"""Raise this by one in each version of ddpm_dist that computes other bits from the same config."""
 
 _WORDS = {
     "threads": "train.threads",
@@ -32,7 +32,12 @@ _WORDS = {
 
 
 def new_contract(config: Config, images: Images, decay_steps: int | None, device: torch.device) -> dict[str, Any]:
-    """The terms of a run that starts now. Plain JSON. `canary` is added once there is a network."""
+    """The terms of a run that starts now, as plain JSON. `hold_to_contract` adds the canary.
+
+    Args:
+        decay_steps: the step at which the cosine ends; None for a constant learning rate.
+        device: the device of this rank.
+    """
     return {
         **facts_of(images),
         "decay_steps": decay_steps,
@@ -42,10 +47,10 @@ def new_contract(config: Config, images: Images, decay_steps: int | None, device
 
 
 def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
-    """What this process brings along, and its rounding depends on.
+    """The facts about this process that its rounding depends on, as plain JSON.
 
-    The number of threads counts only where it is meant to stay: in stream mode a rank has more of them when there
-    are fewer ranks.
+    The number of threads is one of them only if it is meant to stay the same: in bitwise mode, or if the config sets
+    it. Otherwise a rank has more threads when there are fewer ranks.
     """
     fixed_threads = config.elastic.mode == "bitwise" or config.train.threads is not None
     return {
@@ -57,11 +62,11 @@ def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`what: old -> new` for each circumstance that is not the contract's.
+    """`what: old -> new` for each circumstance that differs from the contract.
 
-    What the contract of an older version does not mention is no mismatch.
+    A circumstance that the contract does not mention, as an older version wrote it, is no mismatch.
     """
-    contract = {"arithmetic": 1, **contract}  # of runs that began before the number was kept
+    contract = {"arithmetic": 1, **contract}  # runs that began before this number was kept have arithmetic 1
     return [
         f"{_WORDS[name]}: {contract[name]} -> {value}"
         for name, value in now.items()
@@ -70,21 +75,22 @@ def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config: Config, step: int) -> str:
-    """Compare every rank's circumstances with the contract, which takes rank 0's canary if it has none. Collective.
+    """Compare the circumstances of every rank with the contract. Changes the contract. Collective.
 
-    A mismatch that is accepted becomes part of the contract: `deviations` says from which step on what was another,
-    and later attempts are held to the new terms.
+    A contract without a canary gets rank 0's. A mismatch that is accepted becomes part of the contract: an entry of
+    `deviations` says what changed and from which step on, and later attempts are held to the new terms.
 
     Args:
-        canary: of this rank; empty where the same gradient may come out in other bits each time.
-        step: at which this attempt begins.
+        contract: changed in place.
+        canary: of this rank; empty on devices where the same gradient may come out in other bits each time.
+        step: the step at which this attempt starts.
 
     Returns:
-        a warning, or "".
+        a warning for the user, or "".
 
     Raises:
-        ConfigError: some rank would round otherwise, and elastic.on_mismatch says to fail.
-        RankZeroFailed: on the other ranks.
+        ConfigError: some rank would round differently, and elastic.on_mismatch says to fail.
+        RankZeroFailed: on the other ranks, for the error that rank 0 reports.
     """
     now, elastic = circumstances(config, ranks.device), config.elastic
     if canary:
@@ -112,18 +118,25 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
 
 
 def numerics_of(contract: Mapping[str, Any]) -> Numerics:
-    """What `auto` was decided to be at step 0."""
+    """The choices that were made at step 0."""
     return Numerics(**{item.name: contract[item.name] for item in dataclasses.fields(Numerics)})
 
 
 def facts_of(images: Images) -> dict[str, Any]:
-    """What must stay of the images, as plain JSON."""
+    """The facts about the images that must stay the same, as plain JSON."""
     facts = {"image_shape": list(images.shape), "num_images": len(images), "images": images.fingerprint}
     return facts | ({"num_classes": images.num_classes} if images.num_classes else {})
 
 
 def check_images(images: Images, contract: Mapping[str, Any], root: str) -> None:
-    """Raises DataError if these images are not those of the run: on every node they must be the same."""
+    """Check that these are the images of the run; they must be the same on every node.
+
+    Args:
+        root: data.root, for the message.
+
+    Raises:
+        DataError: they are not; the message says which fact differs.
+    """
     for name, value in facts_of(images).items():
         if contract.get(name) != value:
             raise DataError(

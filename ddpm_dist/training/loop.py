@@ -1,4 +1,4 @@
-"""The loop around the step: batches in, tasks between steps, until the target or a stop signal."""
+"""The loop around the training step: a step, then the tasks that are due, until the target or a stop signal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class Loop:
     """Trains from where the trainer stands to the attempt's target.
 
     Attributes:
-        batches: from the trainer's step on.
+        trainer: does one step at a time.
+        batches: this rank's batches, from the trainer's step on.
+        attempt: says the target, and is told the step.
+        recorder: what rank 0 writes and says.
         tasks: in the order in which they run after a step.
         save: writes a checkpoint when rank 0 or a stop signal asks for one.
     """
@@ -36,6 +39,12 @@ class Loop:
 
         Returns:
             True if the run is finished, False if it was stopped; its last step is saved either way.
+
+        Raises:
+            Diverged: too many updates in a row were left out, or the ranks hold different weights.
+            DataError: an image could not be read.
+            OSError: the checkpoint of the last step could not be written.
+            RankZeroFailed: on other ranks, for the error that rank 0 reports.
         """
         trainer = self.trainer
         try:

@@ -16,10 +16,17 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(step: int, optim: OptimConfig, decay_steps: int | None) -> float:
-    """The rate of the update that follows `step` finished ones; the number of ranks does not enter.
+    """The learning rate of the update that follows `step` finished steps. The number of ranks does not matter.
 
-    Linear warm-up to optim.lr over optim.warmup_steps, then constant, or half a cosine to 0 at decay_steps
-    (Loshchilov & Hutter 2017, eq. 5 without restarts, arXiv:1608.03983).
+    It rises linearly to optim.lr over optim.warmup_steps. Then it stays there, or falls along half a cosine to 0 at
+    decay_steps (Loshchilov & Hutter 2017, eq. 5 without restarts, arXiv:1608.03983).
+
+    Args:
+        step: finished steps, from 0.
+        decay_steps: the step at which the cosine reaches 0; None for a constant rate.
+
+    Returns:
+        a number in [0, optim.lr].
     """
     warmup = optim.warmup_steps
     if step < warmup:

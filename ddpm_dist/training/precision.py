@@ -1,4 +1,4 @@
-"""Number formats and other choices about speed that change the bits: made once, at step 0."""
+"""Number formats, and other choices for speed that change the bits. They are made once, at step 0."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _AUTOCAST_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.
 
 @dataclass(frozen=True)
 class Numerics:
-    """What `auto` was resolved to. It is kept in the checkpoint and obeyed by every later attempt.
+    """What `auto` was resolved to at step 0. Each checkpoint keeps it, and every later attempt obeys it.
 
     Attributes:
-        precision: fp32, bf16 or fp16, of the forward pass under autocast.
-        compile: torch.compile for the training forward.
-        channels_last: NHWC memory format.
+        precision: number format of the forward pass under autocast: fp32, bf16 or fp16.
+        compile: whether torch.compile makes the training forward.
+        channels_last: whether weights and images lie in the NHWC memory format.
     """
 
     precision: str
@@ -27,18 +27,19 @@ class Numerics:
     channels_last: bool
 
     def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which a forward pass runs in this precision; it changes nothing for fp32."""
         enabled = self.precision != "fp32"
         return torch.autocast(device.type, _AUTOCAST_TYPES[self.precision] if enabled else None, enabled=enabled)
 
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """Disabled unless fp16, so that the training step has one path."""
+        """A loss scaler. It is disabled unless the precision is fp16, so that the training step has one path."""
         return torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
 
 
 def resolve(train: TrainConfig, device: torch.device) -> Numerics:
-    """Decide what the config leaves to `auto`."""
+    """Decide what the config leaves to `auto`, for this device."""
     precision = _fast_precision(device) if train.precision == "auto" else train.precision
-    # benchmarks/step.py: NHWC gains in fp32 and loses in bf16 on a CPU; on CUDA nobody has measured it here.
+    # On a CPU, benchmarks/step.py shows NHWC to be faster in fp32 and slower in bf16. On CUDA it is not measured yet.
     nhwc = device.type == "cpu" and precision == "fp32"
     return Numerics(
         precision=precision,
@@ -48,7 +49,7 @@ def resolve(train: TrainConfig, device: torch.device) -> Numerics:
 
 
 def _fast_precision(device: torch.device) -> str:
-    """bf16 where the hardware multiplies it natively; fp16 on older GPUs; else fp32."""
+    """bf16 if the hardware multiplies it natively, fp16 on older GPUs, fp32 on other CPUs."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     capabilities = torch.cpu.get_capabilities()
@@ -56,12 +57,20 @@ def _fast_precision(device: torch.device) -> str:
 
 
 def configure_backends(train: TrainConfig, threads: int, bitwise: bool = False) -> None:
-    """Process-wide switches: thread count, TF32, and no kernel choice by timing (it would differ between lives)."""
+    """Set the switches of this process: number of CPU threads, TF32, and determinism.
+
+    cuDNN must not choose kernels by timing them: attempts would choose differently, and round differently.
+
+    Args:
+        threads: CPU threads of this process.
+        bitwise: allow only kernels that give the same bits each time; to be set before CUDA is first used.
+    """
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(train.matmul_precision)
     torch.backends.cudnn.allow_tf32 = train.matmul_precision != "highest"
     torch.backends.cudnn.benchmark = False
     if bitwise and torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it did not write
+        # Filling fresh memory takes time and is of no use: nothing here reads memory that it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What rank 0 shows a person: a bar on a terminal, plain lines in a log file."""
+"""What rank 0 shows to a person: a progress bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows progress on rank 0, and nothing on other ranks.
+    """Shows how far the run is and how fast: on a terminal all the time, in a log file every LINE_SECONDS.
 
     Args:
-        enabled: whether this is rank 0.
+        enabled: False shows nothing.
         start: the step at which this attempt starts.
         target: the step at which the run is finished.
     """
@@ -35,7 +35,7 @@ class Progress:
             print(text, flush=True)
 
     def update(self, record: dict[str, Any]) -> None:
-        """Show the figures of a line of metrics.jsonl."""
+        """Show the figures of a line of metrics.jsonl: step, epoch, loss, learning rate, speed, and the time left."""
         step = record["step"]
         figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
         if self._bar is not None:
@@ -50,5 +50,6 @@ class Progress:
             self.say(f"step {step}/{self._target}  epoch {record['epoch']:.2f}  {figures}  {left} left")
 
     def close(self) -> None:
+        """Leave the terminal to others."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""What rank 0 writes and says while it trains. The other ranks have a recorder that does nothing."""
+"""What rank 0 writes and prints while it trains. The other ranks have a recorder that does nothing."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ DELIVERY_SECONDS = 60.0
 
 
 class Recorder(Protocol):
-    """The files and words of an attempt, as the loop and its tasks see them."""
+    """What the loop and its tasks use to write and to print."""
 
     def say(self, text: str) -> None:
-        """A line for a person."""
+        """Print a line for a person."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Add a line to metrics.jsonl and show its figures."""
 
     def wish(self) -> Wish:
-        """What rank 0 asks of all ranks, beside what signals ask."""
+        """What rank 0 asks of all ranks. Stop signals are not part of it: `Ranks.agree` adds them."""
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Have it written while training goes on."""
+        """Have the checkpoint written while training goes on."""
 
     def save_and_wait(self, checkpoint: Checkpoint) -> None:
-        """Until it is committed."""
+        """Write the checkpoint, and return once it is committed."""
 
 
 class SilentRecorder:
-    """Of all ranks but 0."""
+    """The recorder of every rank except rank 0: it does nothing."""
 
     def say(self, text: str) -> None:
         pass
@@ -65,11 +65,14 @@ class SilentRecorder:
 
 
 class RankZeroRecorder:
-    """Of rank 0: journal, checkpoints, progress, and the process that mirrors the journal into MLflow.
+    """The recorder of rank 0. It uses the journal, the saver, the progress display and the shipper.
 
     Args:
-        facts: what each checkpoint's manifest says beside size and hash; plain JSON.
-        shippers: the process that ships to MLflow; none where nothing is tracked.
+        journal: metrics.jsonl.
+        saver: writes checkpoints.
+        progress: what a person sees.
+        facts: what each checkpoint's manifest says in addition to size and hash; plain JSON.
+        shippers: the process that ships the journal to MLflow; empty if tracking is off.
     """
 
     def __init__(
@@ -88,7 +91,10 @@ class RankZeroRecorder:
         self._progress.say(text)
 
     def log(self, record: dict[str, Any]) -> None:
-        """A full disk is no reason to stop: the journal keeps the line and writes it later."""
+        """Add a line to metrics.jsonl and show its figures.
+
+        A full disk does not stop the run: there is one warning, and the journal keeps the line and writes it later.
+        """
         try:
             self._journal.append(record)
             self._journal_fails = False
@@ -101,22 +107,25 @@ class RankZeroRecorder:
             shipper.revive()
 
     def wish(self) -> Wish:
+        """STOP once checkpoints cannot be saved, SAVE once when a save is due by the clock, else NONE."""
         if self._saver.gave_up:
             return Wish.STOP
         if self._asked_to_save or not self._saver.wants_save():
             return Wish.NONE
-        self._asked_to_save = True  # the answer comes a step later: asking again meanwhile would save twice
+        self._asked_to_save = True  # the ranks act on it one step later; to ask again meanwhile would save twice
         return Wish.SAVE
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """While the last one is still being written, `wish` asks for another step to save at.
+        """Have the checkpoint written while training goes on.
 
-        The other ranks are in their next collective and must not wait for a slow disk.
+        If the one before is still being written, this one is left out, and `wish` asks for a save at a later step.
+        Waiting here would make the other ranks wait in their next collective for a slow disk.
         """
         self._asked_to_save = False
         self._saver.submit_unless_busy(checkpoint, self._facts)
 
     def save_and_wait(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint, and return once it is committed. Raises what `Saver.finish` raises."""
         self._saver.save_and_wait(checkpoint, self._facts)
 
     def why_stopped(self) -> str:
@@ -124,7 +133,10 @@ class RankZeroRecorder:
         return self._saver.trouble
 
     def deliver(self, code: ExitCode) -> None:
-        """Give MLflow a moment to get the end of a finished run, and say where to look. After a stop, time is short."""
+        """Wait up to DELIVERY_SECONDS until MLflow has the end of a finished run, and print where to look at it.
+
+        A run that was stopped does not wait, since its scheduler will end it soon.
+        """
         for shipper in self._shippers if code == ExitCode.FINISHED else []:
             shipper.wait(timeout_seconds=DELIVERY_SECONDS)
             print(f"  MLflow    {shipper.how_to_look()}", flush=True)
@@ -134,7 +146,13 @@ class RankZeroRecorder:
 def rank_zero_recorder(
     config: Config, ranks: Ranks, attempt: Attempt, store: CheckpointStore, point: ResumePoint, contract: dict[str, Any]
 ) -> Iterator[RankZeroRecorder]:
-    """Open the files, say how this attempt begins, and start the shipper."""
+    """A recorder for rank 0, open inside the `with`. Prints how this attempt starts, and starts the shipper.
+
+    Args:
+        store: where checkpoints go.
+        point: where this attempt starts.
+        contract: what binds every attempt; each checkpoint's manifest repeats it.
+    """
     progress = Progress(True, point.step, attempt.target)
     journal = Journal(attempt.directory.metrics_file, attempt.check)
     saver = Saver(store, config.checkpoint, journal.sync, attempt.committed, progress.say, attempt.saved_step)
@@ -151,13 +169,13 @@ def rank_zero_recorder(
     try:
         yield RankZeroRecorder(journal, saver, progress, facts, shippers)
     finally:
-        saver.settle()  # it says that the run goes on, and is not to say so after us
+        saver.settle()  # a save that ends later would write "running" into status.json over what comes next
         progress.close()
         journal.close()
 
 
 def manifest_facts(attempt: int, world_size: int, contract: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's manifest says beside step, size and hash."""
+    """What a checkpoint's manifest says in addition to step, size and hash, as plain JSON."""
     versions = {
         "ddpm_dist": ddpm_dist.__version__,
         "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""Where a run stands, and whether this attempt may go on with it: all that is decided before the first step."""
+"""What is decided before the first step: where the run stands, and whether this attempt may go on with it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ddpm_dist.training.contract import new_contract
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run stands, as rank 0 found it. Plain JSON, since it travels to the other ranks.
+    """Where a run stands, as rank 0 found it. Its fields are plain JSON, since rank 0 sends them to the other ranks.
 
     Attributes:
         finished: whether there is nothing left to do.
-        step: finished steps that are saved; 0 where the run begins.
-        sha256: of that step's checkpoint; None where the run begins.
+        step: the step of the checkpoint to go on from; 0 for a new run.
+        sha256: hash of that checkpoint; None for a new run.
         changed: how the config differs from that of the attempt before, as `key: old -> new`.
-        config: rank 0's, as {dotted key: value}.
+        config: rank 0's config, as {dotted key: value}.
     """
 
     finished: bool
@@ -45,17 +45,20 @@ class ResumePoint:
 def find_resume_point(
     config: Config, ranks: Ranks, attempt: Attempt, store: CheckpointStore
 ) -> tuple[ResumePoint, list[Checkpoint]]:
-    """Have rank 0 claim the run and read its newest valid checkpoint; the others load the same one. Collective.
+    """Rank 0 claims the run and reads its newest valid checkpoint; the others load the same one. Collective.
 
-    Nothing is written where the run is finished.
+    If the run is finished, nothing is written.
 
     Returns:
-        where the run stands, and its checkpoint, if it has one. The checkpoint is as large as the weights, their
-        average and the optimizer together, so whoever takes it out of the list frees that memory when done.
+        where the run stands, and a list with its checkpoint, or an empty list if it has none. A checkpoint takes as
+        much memory as the weights, their average and the optimizer together. The caller takes it out of the list, so
+        that this memory is free once the state is loaded.
 
     Raises:
-        UserError: the run may not go on; the message says why.
-        RankZeroFailed: on other ranks, for what rank 0 reports.
+        UserError: the run cannot go on; the message says why.
+        OSError: the run directory cannot be read or written.
+        StopRequested: a stop signal came while rank 0 waited for another attempt to end.
+        RankZeroFailed: on other ranks, for the error that rank 0 reports.
     """
     read: list[Checkpoint] = []
 
@@ -72,7 +75,10 @@ def find_resume_point(
 
 
 def _claim(config: Config, attempt: Attempt, store: CheckpointStore, should_stop: Callable[[], bool]) -> ResumePoint:
-    """Rank 0: may this run go on? Then nobody else writes into its directory from here on."""
+    """Rank 0: check that this run may go on, and claim it. From then on no other attempt writes into its directory.
+
+    Nothing is written and nothing is claimed if the run is finished.
+    """
     directory = attempt.directory
     check_names(config)
     with directory.its_errors():
@@ -82,22 +88,25 @@ def _claim(config: Config, attempt: Attempt, store: CheckpointStore, should_stop
         if finished is not None:
             return finished
         if config.tracking.enabled:
-            choose_uri(config, directory)  # a wrong address is refused now rather than noticed at the end
+            choose_uri(config, directory)  # refuses a wrong address now, before hours of training
         directory.create()
 
-    # From here on an error of the file system is no mistake of the user's, and may pass.
+    # The folder could be written a moment ago: an error of the file system from here on is not the user's mistake.
     def wait(seconds: float) -> None:
         if should_stop():
             raise StopRequested
         time.sleep(seconds)
 
     attempt.claim(wait)
-    # The attempt that we may have waited for could have finished the run.
+    # If we waited for another attempt, that one may have finished the run.
     return _finished(config, directory, store) or ResumePoint(False, 0, None, changed, to_flat(config))
 
 
 def _finished(config: Config, directory: RunDirectory, store: CheckpointStore) -> ResumePoint | None:
-    """The end of a finished run. Neither its images nor its weights need be there any more."""
+    """Where a finished run ended; None if the run is not finished.
+
+    Only status.json and a manifest are read: the user may have removed the images and the weights since then.
+    """
     status = directory.read_status()
     saved = status.get("saved_step")
     if status.get("state") != "finished" or saved is None:
@@ -110,7 +119,12 @@ def _finished(config: Config, directory: RunDirectory, store: CheckpointStore) -
 def _look_for_checkpoint(
     config: Config, attempt: Attempt, store: CheckpointStore, point: ResumePoint, read: list[Checkpoint]
 ) -> ResumePoint:
-    """Rank 0: the point at which the newest valid checkpoint lets the run go on; the checkpoint goes into `read`."""
+    """Rank 0: find the newest valid checkpoint, append it to `read`, and return `point` with its step and hash.
+
+    Raises:
+        DataError: there is no checkpoint although one was saved.
+        ConfigError: the checkpoint was made with a config that differs in what shapes learning.
+    """
     directory, saved = attempt.directory, attempt.saved_step
     found = store.newest_valid()
     if found is None and saved is not None:
@@ -120,7 +134,8 @@ def _look_for_checkpoint(
         )
     step = found.checkpoint.step if found else 0
     if found is not None:
-        directory.refuse_changes(from_flat(found.checkpoint.config), config)  # config.yaml may be lost or edited
+        # `reconcile` has compared with config.yaml, but that file may have been lost or edited.
+        directory.refuse_changes(from_flat(found.checkpoint.config), config)
         for path in store.set_aside(newer_than=step):
             print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
         read.append(found.checkpoint)
@@ -131,10 +146,10 @@ def _look_for_checkpoint(
 
 
 def _load_the_same(config: Config, store: CheckpointStore, point: ResumePoint, read: list[Checkpoint]) -> None:
-    """Other ranks: exactly the checkpoint that rank 0 chose, by step and hash, into `read`.
+    """Other ranks: load the checkpoint that rank 0 chose, by step and hash, and append it to `read`.
 
     Raises:
-        ConfigError: this rank was given another config than rank 0: each node reads its own files.
+        ConfigError: this rank was given another config than rank 0, for instance because its node has another file.
         DataError: this rank does not find that checkpoint.
     """
     refused, free = changes(from_flat(point.config), config)
@@ -147,14 +162,15 @@ def _load_the_same(config: Config, store: CheckpointStore, point: ResumePoint, r
 def settle_contract(
     config: Config, images: Images, target: int, old: Mapping[str, Any] | None, device: torch.device
 ) -> dict[str, Any]:
-    """What binds every attempt, decided by rank 0 alone, since machines may differ. Plain JSON.
+    """The contract of the run, as plain JSON. Rank 0 alone decides it, since machines may differ.
 
     Args:
         target: the step at which the run is finished.
-        old: of the checkpoint that this attempt goes on from; None where the run begins.
+        old: the contract in the checkpoint that this attempt goes on from; None for a new run.
+        device: the device of rank 0.
 
     Raises:
-        ConfigError: this attempt would change it.
+        ConfigError: this attempt would change where the cosine ends.
     """
     decay_steps = cosine_end(config.optim, target)
     if old is None:
