@@ -74,13 +74,13 @@ class SubmittedRun:
         return status(self.directory)
 
     def slurm_log(self) -> list[dict[str, str]]:
-        """The lines of slurm.log: the beginning and the end of each start of a job, as {field: value}."""
+        """The lines of slurm.log: the beginning and the end of each attempt, as {field: value}."""
         path = self.directory / "slurm.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return [dict(field.partition("=")[::2] for field in line.split(" ")) for line in lines]
 
     def ends(self) -> list[tuple[str, str]]:
-        """(exit code, what came next) of each start of a job that ended by itself."""
+        """(exit code, what came next) of each attempt that ended by itself."""
         return [(line["code"], line["next"]) for line in self.slurm_log() if line["event"] == "end"]
 
     def in_mlflow(self) -> tuple[str, list[int]]:
