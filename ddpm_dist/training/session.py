@@ -1,4 +1,4 @@
-"""One attempt at a run, as a recipe: find where the run stands, build its parts, train, say how it ended."""
+"""One attempt at a run, as a recipe: find where the run stands, build its parts, train, record how it ended."""
 
 from __future__ import annotations
 
@@ -42,21 +42,27 @@ from ddpm_dist.training.tasks import TASKS, Clock, Save, TaskContext
 
 
 class Ending(NamedTuple):
-    """How an attempt ended, and what is left to do once all ranks have left."""
+    """How an attempt ended, and what rank 0 has still to do once all ranks have left."""
 
     code: ExitCode
     deliver: Callable[[ExitCode], None] = lambda code: None
 
 
 def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitCode:
-    """Start, resume or finish the run. Every rank calls it.
+    """Start, resume or finish the run. Collective.
+
+    Args:
+        config: of the run, the same on every rank.
+        env: which rank this is, and how it was launched.
+        stop: knows whether a stop signal has come.
 
     Returns:
         FINISHED or PREEMPTED.
 
     Raises:
-        UserError: what the user can mend; reported on rank 0 by the caller.
-        RankZeroFailed: on other ranks, for what rank 0 reports.
+        UserError: something that the user can mend; the caller prints it.
+        RankZeroFailed: on other ranks, for the error that rank 0 reports.
+        Exception: whatever else ends the attempt. It is already in status.json, as far as that could be written.
     """
     check_world_size(config, env.world_size)
     device, bitwise = _device(config, env), config.elastic.mode == "bitwise"
@@ -67,7 +73,7 @@ def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitC
         watchdog.last_words = lambda reason: _last_words(reason, watchdog.silent, ranks, attempt)
     try:
         ending = _train(config, ranks, stop, attempt)
-    except StopRequested:  # while rank 0 waited for its turn: nothing has begun
+    except StopRequested:  # rank 0 was still waiting for another attempt to end, so nothing has begun
         ending = Ending(ExitCode.PREEMPTED)
     except BaseException as raised:
         error = ranks.lost(raised) if is_lost_contact(raised) else raised
@@ -83,13 +89,16 @@ def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitC
 
 
 def _device(config: Config, env: RankEnvironment) -> torch.device:
-    """A node's ranks all find the same error; the first of them says it."""
+    """The device of this rank.
+
+    All ranks of a node find the same error. The first one raises it as a ConfigError, the others as RankZeroFailed.
+    """
     try:
         return pick_device(config.train.device, env)
     except ConfigError as error:
         if env.local_rank == 0:
             raise
-        time.sleep(2)  # the first rank to exit has the launcher kill the others
+        time.sleep(2)  # when a rank exits, the launcher kills the others: rank 0 of the node must print first
         raise RankZeroFailed(error.exit_code) from None
 
 
@@ -118,14 +127,14 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
 
 
 def _load_images(config: Config, ranks: Ranks, saved: list[Checkpoint]) -> Images:
-    """The same images on every rank; fetched by rank 0 alone if they are not there."""
+    """The images, the same on every rank. Rank 0 downloads them first if they are not there. Collective."""
     ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
     shape = saved[0].contract["image_shape"] if saved else None
     return ranks.all_succeed(lambda: datasets.load(config.data, shape, divisor=size_divisor(config)))
 
 
 def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: list[Checkpoint]) -> dict[str, Any]:
-    """What binds every attempt, the same on every rank; the images are held against it."""
+    """The contract, the same on every rank, after a check that the images are those of the run. Collective."""
     old = saved[0].contract if saved else None
     contract: dict[str, Any] = ranks.on_rank_zero(
         lambda should_stop: settle_contract(config, images, target, old, ranks.device)
@@ -137,7 +146,10 @@ def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: 
 def _build(
     config: Config, ranks: Ranks, images: Images, contract: dict[str, Any], saved: list[Checkpoint]
 ) -> tuple[Trainer, str]:
-    """A trainer where the run stands, on a machine that was held against the contract; and a warning, or ""."""
+    """A trainer at the step where the run stands, and a warning about how this machine rounds, or "". Collective.
+
+    The checkpoint is taken out of `saved`, so that its memory is free afterwards.
+    """
     numerics = numerics_of(contract)
     trainer = build_trainer(config, ranks, numerics, images.shape, images.num_classes, contract["decay_steps"])
     rounds_like = ""
@@ -146,14 +158,14 @@ def _build(
     warning = hold_to_contract(contract, rounds_like, ranks, config, saved[0].step if saved else 0)
     trainer.warm_up(images)
     if saved:
-        trainer.load(saved.pop())  # as large as the weights, their average and Adam's moments: not kept
+        trainer.load(saved.pop())
     return trainer, warning
 
 
 def _fit(
     config: Config, attempt: Attempt, trainer: Trainer, images: Images, contract: dict[str, Any], recorder: Recorder
 ) -> ExitCode:
-    """Train until the target or a stop signal."""
+    """Train until the target or a stop signal. Collective."""
     ranks = trainer.ranks
     batches = build_batches(config, shards_of(ranks, config.elastic.shards), images)
     context = TaskContext(
@@ -162,14 +174,14 @@ def _fit(
     coming = iterate(
         batches, trainer.step, attempt.target, loader_workers(config.data), pin_memory=ranks.device.type == "cuda"
     )
-    # Loader workers end here, since the interpreter's exit would wait for them in vain.
+    # Closing ends the loader's worker processes. If they lived on, the exit of this process would wait for them.
     with contextlib.closing(coming):
         finished = Loop(trainer, coming, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
     return ExitCode.FINISHED if finished else ExitCode.PREEMPTED
 
 
 def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: RankZeroRecorder) -> None:
-    """Rank 0: say on disk and to the user how this attempt ended."""
+    """Rank 0: write to disk and print how this attempt ended."""
     directory, finished = attempt.directory, code == ExitCode.FINISHED
     signal = stop.received.name if stop.received else "a signal to another rank"
     reason = "target reached" if finished else f"stopped: {recorder.why_stopped()}"
@@ -178,7 +190,7 @@ def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: Rank
     if finished:
         try:
             save_curves(read_metrics(directory.metrics_file), directory.path / "curves.png")
-        except Exception as error:  # a picture is no reason to fail a run that is safe on disk
+        except Exception as error:  # the run is safe on disk: a missing picture must not make it fail
             recorder.say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
     attempt.end(code, reason)
     recorder.say(f"{directory.path}: {reason} at step {attempt.step}")
@@ -189,7 +201,7 @@ def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: Rank
 
 
 def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> None:
-    """Leave word of an error: in the run directory on rank 0, in the ranks' store on others."""
+    """Record an error where others will look for it: rank 0 in the run directory, other ranks in the ranks' store."""
     code = int(getattr(error, "exit_code", ExitCode.SOFTWARE))
     reason = " ".join(f"{type(error).__name__}: {error}".split()) if code == ExitCode.SOFTWARE else str(error)
     if not ranks.is_zero:
@@ -203,7 +215,11 @@ def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> None:
 
 
 def _last_words(reason: str, silent: tuple[int, ...], ranks: Ranks, attempt: Attempt) -> None:
-    """Of rank 0, from the watchdog's thread: the main thread hangs, and the process will be ended."""
+    """Rank 0: record why this attempt fails. The watchdog calls it from its thread, before it ends the process.
+
+    Args:
+        silent: the ranks that have not been heard of for too long.
+    """
     if ranks.is_zero:
         failure = ranks.reported_failure() or Failure(ExitCode.SOFTWARE, reason, silent)
         attempt.fail(failure.exit_code, failure.reason, _node_at_fault(failure, ranks))
@@ -211,13 +227,16 @@ def _last_words(reason: str, silent: tuple[int, ...], ranks: Ranks, attempt: Att
 
 
 def _node_at_fault(failure: Failure, ranks: Ranks) -> str | None:
-    """None unless it is one: the ranks of several nodes fall silent when one of them has ended the job."""
+    """The node of the ranks at fault; None if they sit on several nodes.
+
+    When one rank ends the job, ranks of several nodes fall silent, and none of these nodes need be at fault.
+    """
     nodes = {ranks.nodes[rank] for rank in failure.ranks}
     return nodes.pop() if len(nodes) == 1 else None
 
 
 def explain(error: Exception, rank: int) -> tuple[int, str]:
-    """(exit code, what to print) for an error that ends this rank."""
+    """(exit code, text to print) for an error that ends this rank. An empty text: rank 0 prints it."""
     if isinstance(error, RankZeroFailed):
         return error.exit_code, ""
     said = one_line(error)

@@ -1,4 +1,4 @@
-"""Means over the steps between two lines of metrics.jsonl, gathered without waiting for the device."""
+"""Means over the steps between two lines of metrics.jsonl, counted without waiting for the device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ddpm_dist.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """Means over ranks and steps since the last line of metrics.jsonl.
+    """What the steps since the last line of metrics.jsonl came to, over all ranks.
 
     Attributes:
-        loss, grad_norm: of the steps whose update was applied, NaN if there were none; the norm before clipping.
-        skipped: updates that were left out, because a gradient was NaN or inf.
-        most_in_a_row: the longest series of such updates that was not over before the window.
+        loss: mean over the steps whose update was applied; NaN if there were none.
+        grad_norm: mean global gradient norm before clipping, over the same steps; NaN if there were none.
+        skipped: number of updates that were left out because a gradient was NaN or inf.
+        most_in_a_row: length of the longest series of such updates. A series that began before the last line counts
+            with its whole length if it went on after it.
     """
 
     loss: float
@@ -28,7 +30,7 @@ class WindowMeans:
 
 
 class Statistics:
-    """Sums since the last line. They stay on the device, since reading them would make it wait."""
+    """Sums over the steps since the last line. They stay on the device, since to read them is to wait for it."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -41,11 +43,11 @@ class Statistics:
         """Add a step.
 
         Args:
-            loss: this rank's part of the step's loss, float64 scalar; the parts of all ranks add up to it.
-            grad_norm: float32 scalar, the same on every rank; not finite where the update was left out.
+            loss: this rank's part of the step's loss, float64 scalar; the parts of all ranks add up to the loss.
+            grad_norm: float32 scalar, the same on every rank; not finite if the update was left out.
         """
         applied = torch.isfinite(grad_norm)
-        # A rank's part, so that the sum over ranks weighs every step alike, however many ranks there were.
+        # Each rank adds 1/W of these. Their sum over the W ranks then counts each step once, on any number of ranks.
         same_everywhere = torch.stack([grad_norm.double(), torch.ones_like(loss)]) / self._ranks.world_size
         self._sums += torch.where(applied, torch.cat([loss[None], same_everywhere]), 0)
         in_a_row = torch.where(applied, 0, self._skips[1] + 1)
@@ -54,7 +56,7 @@ class Statistics:
         self._skips[2] = torch.maximum(self._skips[2], in_a_row)
 
     def take_means(self) -> WindowMeans:
-        """Means since the last call, and start afresh. Waits for the device. Collective."""
+        """The means since the last call; the sums start at 0 again. Waits for the device. Collective."""
         loss, grad_norm, applied = self._ranks.sum(self._sums).tolist()
         skipped, in_a_row, most = (int(count) for count in self._skips.tolist())
         self._sums.zero_()
@@ -63,9 +65,10 @@ class Statistics:
         return WindowMeans(loss / applied, grad_norm / applied, skipped, most)
 
     def window(self) -> Tensor:
-        """The sums so far, float64 [6] on the CPU, for a checkpoint; the curve then has no seam. Collective.
+        """The sums so far, float64 [6] on the CPU, for a checkpoint. Waits for the device. Collective.
 
-        From here on rank 0 holds the sums of all ranks.
+        With them, the first line after a resume counts the steps before the checkpoint too. From here on rank 0 holds
+        the sums of all ranks, and the other ranks hold 0.
         """
         self._ranks.sum(self._sums)
         if not self._ranks.is_zero:
@@ -73,7 +76,7 @@ class Statistics:
         return torch.cat([self._sums, self._skips]).cpu()
 
     def load_window(self, window: Tensor) -> None:
-        """Take over what `window` returned, on any number of ranks."""
+        """Go on from the sums that `window` returned. The number of ranks may have changed."""
         if self._ranks.is_zero:
             self._sums.copy_(window[:3])
         self._skips.copy_(window[3:])

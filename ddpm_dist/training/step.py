@@ -25,22 +25,22 @@ Inputs = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 class Trainer:
-    """Weights, averages, optimizer and scaler, moved on by `train_step`.
+    """The state that is learned: weights, averages, optimizer and scaler. `train_step` moves it on by one step.
 
     Args:
         ranks: this process and its peers.
         seed: run.seed, for dropout.
         model: the bare network, which is saved, averaged and sampled from.
-        channels_last: NHWC memory format.
+        channels_last: whether images and noise lie in the NHWC memory format, as the weights do.
         micro_batch_size: images of one forward pass on this rank.
-        loss: on the ranks' device.
-        reduction: makes one gradient of the micro-batches of all ranks.
-        update: over the model's parameters.
+        loss: its tables lie on the ranks' device.
+        reduction: makes one gradient out of those of all micro-batches of all ranks.
+        update: updates the model's parameters.
         averages: of the model's weights, by name; `ema` is among them.
-        statistics: counts what each step came to.
+        statistics: counts loss, gradient norm and skipped updates.
 
     Attributes:
-        step: finished steps. With the seed it fixes learning rate, images, timesteps, noise and dropout.
+        step: number of finished steps. With the seed it fixes learning rate, images, timesteps, noise and dropout.
     """
 
     def __init__(
@@ -63,9 +63,12 @@ class Trainer:
         self.step = 0
 
     def train_step(self, batch: Batch) -> None:
-        """One update of the weights from one global batch, of which this is our part. Collective.
+        """Update the weights once, from one global batch. Collective.
 
         Ho et al. 2020, algorithm 1 (arXiv:2006.11239). Nothing here waits for the device.
+
+        Args:
+            batch: this rank's part of the global batch of `step`.
         """
         step_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         micro_batches = batch.parts(self.reduction.num_micro_batches)
@@ -83,12 +86,12 @@ class Trainer:
         self.step += 1
 
     def _seed_dropout(self, index: int) -> None:
-        """Each micro-batch has dropout of its own, which depends on the step and not on what was drawn before."""
+        """Seed the dropout of a micro-batch: it depends on the step, and not on what was drawn before."""
         name = self.reduction.dropout_name(index)
         seed_default_generators(self.ranks.device, self._seed, "dropout", self.step, *name)
 
     def inputs(self, batch: Batch) -> Inputs:
-        """The batch as the loss takes it, on the ranks' device."""
+        """The batch in the form that the loss takes, on the ranks' device."""
         device = self.ranks.device
         images, t, noise = (part.to(device, non_blocking=True) for part in (batch.images, batch.t, batch.noise))
         cond = {name: values.to(device, non_blocking=True) for name, values in batch.cond.items()}
@@ -99,9 +102,13 @@ class Trainer:
         return x_start, t, noise, cond
 
     def warm_up(self, images: Images) -> None:
-        """Let the reduction settle how it adds gradients, before the first step. Weights stay as they are. Collective.
+        """Let the reduction settle in which order it adds gradients, before the first step. Collective.
 
-        Without this the first step of an attempt could round otherwise than the same step of an undisturbed run.
+        Without this, the first step of an attempt could round differently from the same step of an undisturbed run.
+        The weights do not change.
+
+        Args:
+            images: only their shape and their conditions are used.
         """
         if self.reduction.needs_warm_up:
             inputs = self.inputs(blank(images, self.micro_batch_size))
@@ -109,11 +116,13 @@ class Trainer:
             self.update.zero_grad()
 
     def checkpoint(self, config: Mapping[str, Any], contract: Mapping[str, Any]) -> Checkpoint:
-        """All that the run needs to go on from here. Collective.
+        """A checkpoint of this step, with all that the run needs to go on from here. Collective.
+
+        Its tensors are the trainer's own, not copies: the next step changes them.
 
         Args:
             config: {dotted key: value}, resolved.
-            contract: what binds every attempt.
+            contract: what was decided at step 0.
         """
         optimizer, scaler = self.update.state_dicts()
         return Checkpoint(
@@ -129,7 +138,7 @@ class Trainer:
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; the number of ranks may be another than when it was saved."""
+        """Take over step and state of a checkpoint. It may have been saved on another number of ranks."""
         self.step = checkpoint.step
         self.model.load_state_dict(checkpoint.model)
         for name, average in self.averages.items():

@@ -1,4 +1,4 @@
-"""What is done between steps, each at its own period: log, check for drift, save, draw a preview.
+"""The work that is done between steps, each task at its own period: log, check for drift, save, draw a preview.
 
 To add a task: write a class that is made from a TaskContext and has `due` and `run`, and enter it in TASKS. Tasks run
 in the order of that list, on every rank, so that all ranks come to the same collectives.
@@ -28,30 +28,42 @@ from ddpm_dist.training.step import Trainer
 
 
 class Task(Protocol):
-    """Periodic work.
+    """Work that is done periodically, between steps.
 
     Attributes:
-        repeats_at_start: whether it is done again, if due, at the step where an attempt starts: the attempt before
-            may have been stopped in the middle of it.
+        repeats_at_start: whether a task that is due at the step where an attempt starts is run before the first
+            step. Set it where the attempt before may have been stopped in the middle of the task.
     """
 
     repeats_at_start: bool
 
     def due(self, step: int) -> bool:
-        """Whether to run after this many finished steps; the same answer on every rank."""
+        """Whether the task is to run after this many finished steps. The answer must be the same on every rank."""
 
     def run(self) -> None:
-        """Do it. Collective. Raises StopRequested if it was cut short."""
+        """Do the work. Collective.
+
+        Raises:
+            StopRequested: a stop signal cut it short.
+        """
 
 
 class Clock:
-    """The time that steps take, without that spent on saves and previews."""
+    """Measures the time that steps take, without the time for saves and previews.
+
+    Args:
+        step: finished steps now.
+    """
 
     def __init__(self, step: int) -> None:
         self._step, self._since = step, time.perf_counter()
 
     def steps_per_second(self, step: int) -> float:
-        """Since the last call, and start afresh."""
+        """The speed since the last call, or since the clock was made.
+
+        Args:
+            step: finished steps now.
+        """
         now = time.perf_counter()
         rate = (step - self._step) / (now - self._since)
         self._step, self._since = step, now
@@ -59,7 +71,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Time spent inside the `with` does not count."""
         before = time.perf_counter()
         yield
         self._since += time.perf_counter() - before
@@ -67,12 +79,17 @@ class Clock:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """All that a task may look at.
+    """Everything that a task may use.
 
     Attributes:
-        clock: to be paused while a task takes long.
-        contract: what binds every attempt; into each checkpoint.
+        config: of the run.
+        trainer: holds the step, the weights and their averages.
+        attempt: knows the target and the run directory.
+        recorder: writes and prints on rank 0; does nothing on other ranks.
+        clock: a task that takes long pauses it.
+        contract: what was decided at step 0; goes into each checkpoint.
         image_shape: (C, H, W).
+        steps_per_epoch: number of global batches in one pass over the images.
     """
 
     config: Config
@@ -86,7 +103,7 @@ class TaskContext:
 
 
 class Log:
-    """A line of metrics.jsonl, every train.log_every steps and at the end; ends a run that diverges."""
+    """Writes a line of metrics.jsonl every train.log_every steps and at the target. Stops a run that diverges."""
 
     repeats_at_start = False
 
@@ -97,7 +114,12 @@ class Log:
         return step % self._train.log_every == 0 or step == self._context.attempt.target
 
     def run(self) -> None:
-        """Raises Diverged or RankZeroFailed, on all ranks, after too many updates in a row that were left out."""
+        """Write the line.
+
+        Raises:
+            Diverged: on rank 0, if train.max_skipped updates in a row were left out.
+            RankZeroFailed: on the other ranks, in that case.
+        """
         context, trainer = self._context, self._context.trainer
         step, means = trainer.step, trainer.statistics.take_means()
         images_per_second = context.clock.steps_per_second(step) * context.config.data.batch_size
@@ -125,7 +147,7 @@ class Log:
 
 
 class CheckDrift:
-    """Ends a run whose ranks no longer hold the same weights, to the bit; broken hardware does that."""
+    """Stops a run whose ranks no longer hold the same weights to the bit, which broken hardware can cause."""
 
     repeats_at_start = False
 
@@ -136,9 +158,14 @@ class CheckDrift:
         return self._every is not None and step % self._every == 0
 
     def run(self) -> None:
-        """Raises Diverged or RankZeroFailed, on all ranks, if they differ."""
+        """Compare the weights of all ranks.
+
+        Raises:
+            Diverged: on rank 0, if some rank's weights differ from rank 0's.
+            RankZeroFailed: on the other ranks, in that case.
+        """
         trainer = self._trainer
-        # The sum of the bits as whole numbers: exact in any order, and any single flip changes it.
+        # The bits of the weights are added as whole numbers: the sum is exact, and one flipped bit changes it.
         bits = [parameter.detach().reshape(-1).view(torch.int32).sum() for parameter in trainer.model.parameters()]
         digests = trainer.ranks.gather(int(torch.stack(bits).sum()))
         drifted = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -152,7 +179,7 @@ class CheckDrift:
 
 
 class Save:
-    """A checkpoint, every checkpoint.every steps while training goes on, and at the end until it is committed."""
+    """Saves a checkpoint every checkpoint.every steps while training goes on. At the target it waits for the commit."""
 
     repeats_at_start = False
 
@@ -169,12 +196,17 @@ class Save:
             self.run_while_training()
 
     def run_while_training(self) -> None:
-        """Have this step's checkpoint written; waits for no more than a copy of the state. Collective."""
+        """Have a checkpoint of this step written. Waits only until the state is copied. Collective."""
         with self._context.clock.paused():
             self._context.recorder.save(self._checkpoint())
 
     def run_and_wait(self) -> None:
-        """Until a checkpoint of this step is committed: no rank may leave before. Collective."""
+        """Write a checkpoint of this step and wait until it is committed; no rank may exit before. Collective.
+
+        Raises:
+            OSError, Diverged, TakenOver: on rank 0, as in `Saver.finish`.
+            RankZeroFailed: on the other ranks, in that case.
+        """
         checkpoint = self._checkpoint()
         self._context.trainer.ranks.on_rank_zero(lambda should_stop: self._context.recorder.save_and_wait(checkpoint))
 
@@ -183,7 +215,7 @@ class Save:
 
 
 class Preview:
-    """A grid of images drawn on rank 0 from the averaged weights, every preview.every steps and at the end."""
+    """Draws a grid of images on rank 0 from the averaged weights, every preview.every steps and at the target."""
 
     repeats_at_start = True
 
@@ -223,8 +255,9 @@ class Preview:
         self._context.attempt.check()
         try:
             save_grid(images, path)
-        except OSError as error:  # a picture is no reason to stop
+        except OSError as error:  # a missing picture must not stop the run
             self._context.recorder.say(f"warning: {path}: {error.strerror}")
 
 
 TASKS: list[Callable[[TaskContext], Task]] = [Log, CheckDrift, Save, Preview]
+"""The tasks of every run, in the order in which they run after a step."""

@@ -1,4 +1,4 @@
-"""One update of the weights, from gradients that are complete."""
+"""One update of the weights, from the gradients of the whole global batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ddpm_dist.parallel.reduction import Reduction
 
 
 class Update:
-    """Unscale, clip, step, zero: the same lines for fp32, bf16 and fp16, whose scaler is disabled where not needed.
+    """Unscales and clips the gradients, updates the weights, and clears the gradients.
+
+    fp32, bf16 and fp16 run the same lines: the scaler is disabled for the first two.
 
     Args:
-        parameters: all of the network's.
-        optimizer: over them.
-        scaler: of the loss; disabled unless fp16.
+        parameters: all parameters of the network.
+        optimizer: updates these parameters.
+        scaler: of the loss; disabled unless the precision is fp16.
         rate: finished steps -> the learning rate of the next update.
         grad_clip: the largest global gradient norm; None leaves gradients as they are.
         reduction: prepares gradients for the sum of their squares.
@@ -43,19 +45,20 @@ class Update:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on."""
+        """The loss to call backward on: multiplied by the scaler's factor for fp16, unchanged otherwise."""
         return self._scaler.scale(loss)
 
     def apply(self, step: int) -> Tensor:
-        """Update the weights, unless a gradient is NaN or inf. Nothing here waits for the device.
+        """Update the weights, unless a gradient is NaN or inf.
 
-        All ranks hold the same gradients, so they all decide alike.
+        All ranks hold the same gradients, so they all decide alike. Nothing here waits for the device, unless
+        optim.fused is off.
 
         Args:
-            step: finished steps.
+            step: finished steps before this update.
 
         Returns:
-            the global gradient norm before clipping, float32 scalar; not finite where the update was left out.
+            the global gradient norm before clipping, float32 scalar; not finite if the update was left out.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(step)
@@ -79,18 +82,18 @@ class Update:
         elif self._is_fused:
             self._optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
             self._optimizer.step()
-        elif torch.isfinite(grad_norm):  # this waits for the device; the fused kernel does not
+        elif torch.isfinite(grad_norm):  # waits for the device, which the fused kernel above does not
             self._optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self._optimizer.zero_grad()
 
     def state_dicts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Of the optimizer and of the scaler."""
+        """The states of the optimizer and of the scaler."""
         return self._optimizer.state_dict(), self._scaler.state_dict()
 
     def load_state_dicts(self, optimizer: dict[str, Any], scaler: dict[str, Any]) -> None:
-        """Take over what `state_dicts` returned."""
+        """Go on from the states that `state_dicts` returned."""
         self._optimizer.load_state_dict(optimizer)
         self._scaler.load_state_dict(scaler)
