@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +30,21 @@ def without_fences(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def without_blocks(text: str) -> str:
+    return re.sub(r"^ {4}\S.*$", "", without_fences(text), flags=re.MULTILINE)
+
+
 def in_backticks(text: str) -> list[str]:
-    prose = re.sub(r"^ {4}\S.*$", "", without_fences(text), flags=re.MULTILINE)
-    return re.findall(r"`([^`]+)`", prose)
+    return re.findall(r"`([^`]+)`", without_blocks(text))
 
 
 def words_of_code(text: str) -> list[str]:
     """All that stands in backticks or in a block of code, word by word, without brackets and punctuation."""
-    words = " ".join([*in_backticks(text), code_blocks(text)]).split()
-    return [word.strip("()[],:;'\"") for word in words]
+    return words_of(" ".join([*in_backticks(text), code_blocks(text)]))
+
+
+def words_of(code: str) -> list[str]:
+    return [word.strip("()[],:;'\"") for word in code.split()]
 
 
 def looks_like_ours(word: str) -> bool:
@@ -48,10 +55,14 @@ def looks_like_ours(word: str) -> bool:
 
 
 def missing_files(text: str) -> Iterator[str]:
-    """Files and folders that are neither in the checkout nor in the package."""
-    for word in words_of_code(text):
-        if looks_like_ours(word) and not any((folder / word).exists() for folder in (ROOT, ROOT / "ddpm_dist")):
-            yield word
+    """Files that are neither in the checkout, nor in the package, nor in a folder that their line names before them."""
+    for line in [*without_blocks(text).splitlines(), *(f"`{line}`" for line in code_blocks(text).splitlines())]:
+        folders = [ROOT, ROOT / "ddpm_dist"]
+        for word in words_of(" ".join(in_backticks(line))):
+            if looks_like_ours(word) and not any((folder / word).exists() for folder in folders):
+                yield word
+            if word.endswith("/"):
+                folders.append(ROOT / "ddpm_dist" / word)
 
 
 def dead_links(text: str, folder: Path = ROOT) -> Iterator[str]:
@@ -98,7 +109,25 @@ def unknown_keys(text: str) -> Iterator[str]:
             yield word
 
 
-CHECKS: list[Callable[[str], Iterator[str]]] = [missing_files, missing_targets, missing_modules, unknown_keys]
+@functools.cache
+def words_in_the_code() -> frozenset[str]:
+    """Every word of the Python and shell files of the project, but for this test."""
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path != Path(__file__)]
+    texts = [path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".sh", ".sbatch")]
+    return frozenset(word for text in texts for word in re.findall(r"\w+", text))
+
+
+def unknown_names(text: str) -> Iterator[str]:
+    """Names of classes, functions, methods and tables that no code has, as `Class.method` or `TABLE`."""
+    for name in in_backticks(text):
+        is_name = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name) and not looks_like_ours(name)
+        if is_name and not words_in_the_code().issuperset(name.split(".")):
+            yield name
+
+
+CHECKS: list[Callable[[str], Iterator[str]]] = [
+    *(missing_files, missing_targets, missing_modules, unknown_keys, unknown_names),
+]
 
 
 def test_there_are_documents_to_check() -> None:
@@ -131,6 +160,8 @@ def test_the_readme_explains_every_exit_code() -> None:
         (missing_files, "`tests/gone/`, `tests/data/`, `launch/`, `runs/mnist`, `docs/x` and no path: tests/y", [
             "tests/gone/", "docs/x",
         ]),
+        (missing_files, "| `training/` | `step.py`, `vote.py` |\n`step.py`", ["vote.py", "step.py"]),
+        (unknown_names, "`SCHEDULES`, `Lease.check`, `Lease.chekc`, `train_setp`", ["Lease.chekc", "train_setp"]),
         (dead_links, "[a](README.md) [b](gone.md) [c](https://example.org/x) [d](#here) [e](#Here)\n# Here", [
             "gone.md", "#Here",
         ]),
