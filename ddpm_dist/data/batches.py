@@ -1,8 +1,8 @@
 """Batches that are a pure function of the step: images, timesteps and noise of this rank's logical shards.
 
-The global batch of step s is V shards of b images. A DistributedSampler orders the images of each shard, a
-generator of (seed, s, shard) draws its timesteps and noise. A rank computes V/W consecutive shards; which rank
-that is changes nothing in what a shard contains.
+The global batch of step s consists of V shards of b images. A DistributedSampler orders the images of each shard; a
+generator seeded by (seed, s, shard) draws its timesteps and noise. Each of the W ranks computes V/W consecutive
+shards. What a shard contains does not depend on the rank that computes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class Batch(NamedTuple):
     cond: Mapping[str, Tensor] = MappingProxyType({})
 
     def parts(self, number: int) -> list[Batch]:
-        """As many consecutive parts of equal size, for instance the micro-batches of a step."""
+        """This many consecutive parts of equal size, for instance the micro-batches of a step.
+
+        Args:
+            number: a divisor of B.
+        """
         images, t, noise = (whole.chunk(number) for whole in (self.images, self.t, self.noise))
         conds = {name: whole.chunk(number) for name, whole in self.cond.items()}
         return [
@@ -49,7 +53,11 @@ class Batch(NamedTuple):
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """The batches one after the other as one batch. All have the same names in `cond`."""
+    """The batches, one after the other, as one batch.
+
+    Args:
+        batches: at least one; all have the same names in `cond`.
+    """
     images, t, noise = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "t", "noise"))
     return Batch(
         images, t, noise, {name: torch.cat([batch.cond[name] for batch in batches]) for name in batches[0].cond}
@@ -57,11 +65,11 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def blank(images: Images, num: int) -> Batch:
-    """A batch of the right shapes and types whose images, timesteps and noise are all zero.
+    """A batch of the right shapes and types, whose images, timesteps and noise are all zero.
 
     Args:
-        images: for their shape and the conditions of the first of them.
-        num: at most the number of images.
+        images: give the shape, and the conditions: those of the first `num` images.
+        num: size of the batch, at most the number of images.
     """
     pixels = torch.zeros(num, *images.shape, dtype=torch.uint8)
     t = torch.zeros(num, dtype=torch.int64)
@@ -74,11 +82,14 @@ class StepBatches(Dataset[Batch]):
     Args:
         images: the data set.
         seed: run.seed.
-        batch_size: global, a multiple of num_shards.
-        num_shards: V, the logical shards.
-        shards: those that this rank computes.
+        batch_size: images of the global batch, a multiple of num_shards.
+        num_shards: V, the number of logical shards.
+        shards: the shards that this rank computes.
         timesteps: draws the timestep of each image.
-        flip: mirror each image left-right with probability 1/2.
+        flip: whether to mirror each image left-right with probability 1/2.
+
+    Attributes:
+        steps_per_epoch: number of global batches in one pass over the images.
     """
 
     def __init__(
@@ -96,7 +107,8 @@ class StepBatches(Dataset[Batch]):
         self._images, self._seed, self._shards = images, seed, shards
         self._timesteps, self._flip = timesteps, flip
         self._per_shard = batch_size // num_shards
-        self.steps_per_epoch = len(images) // batch_size  # other images are left over in the next epoch
+        # Images that do not fill a last batch are left out. Each epoch is shuffled anew, so each leaves out others.
+        self.steps_per_epoch = len(images) // batch_size
         self._samplers: dict[int, DistributedSampler[int]] = {
             shard: DistributedSampler(
                 range(len(images)),  # type: ignore[arg-type]  # only its length is asked for
@@ -110,10 +122,16 @@ class StepBatches(Dataset[Batch]):
         self._order: tuple[int, dict[int, list[int]]] = (-1, {})
 
     def __getitem__(self, step: int) -> Batch:
+        """This rank's part of the batch of a step. Raises DataError if an image cannot be read."""
         return join([self._shard(step, shard) for shard in self._shards])
 
     def indices(self, step: int, shard: int) -> list[int]:
-        """Which images make up a shard of a step."""
+        """The indices of the images of one shard, at one step.
+
+        Args:
+            step: at least 0.
+            shard: one of this rank's.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             for sampler in self._samplers.values():
@@ -135,7 +153,7 @@ class StepBatches(Dataset[Batch]):
 
 
 class _ErrorsAsValues(Dataset["Batch | DataError"]):
-    """Hands a DataError over as a value: raised in a worker process, it would arrive wrapped in a traceback."""
+    """Returns a DataError instead of raising it: raised in a worker process, it would arrive inside a traceback."""
 
     def __init__(self, batches: StepBatches) -> None:
         self._batches = batches
@@ -152,9 +170,16 @@ def _unchanged(batch: Any) -> Any:
 
 
 def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_memory: bool) -> Generator[Batch]:
-    """Batches of the steps start .. stop - 1, made ahead by worker processes if there are any.
+    """The batches of the steps start .. stop - 1. Worker processes, if there are any, make them ahead of time.
 
-    The caller closes it when it is done with it, which ends the workers.
+    The caller must close the generator, which ends the worker processes.
+
+    Args:
+        batches: makes the batch of each step.
+        start: the first step.
+        stop: the step after the last one.
+        num_workers: number of worker processes; with 0 the caller's process makes the batches.
+        pin_memory: whether the tensors lie in pinned memory, for copies to a GPU.
 
     Raises:
         DataError: an image could not be read.
@@ -167,8 +192,8 @@ def iterate(batches: StepBatches, start: int, stop: int, num_workers: int, pin_m
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=ignore_in_child,
-        # A loader's iterator draws a seed when it is made. It gets a generator of its own for that, so that it does
-        # not move the global one.
+        # An iterator of a DataLoader draws a seed when it is made. With a generator of its own it does not draw from
+        # the global one.
         generator=torch.Generator(),
     )
     for batch in loader:

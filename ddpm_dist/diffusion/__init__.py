@@ -1,1 +1,1 @@
-"""The mathematics of DDPM: pure functions of tensors and callables. Knows no rank, no file, no config."""
+"""The mathematics of DDPM: pure functions of tensors and callables, which know no rank, no file and no config."""

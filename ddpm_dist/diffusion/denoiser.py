@@ -1,4 +1,4 @@
-"""A network as samplers see it: what it says of x_0 and of the noise in x_t."""
+"""A network as samplers use it: its estimates of x_0 and of the noise in x_t."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ class Denoiser:
     """(x_t, t) -> (x_start, eps), made of a network, the meaning of its output, and clipping.
 
     Attributes:
-        clip: whether x_start is clipped to [-1, 1]. eps then follows from the clipped one, so that the two still make
-            up x_t. Ho et al.'s own code clips at each step; the text of the reference recipe does not.
+        network: in evaluation mode.
+        process: the forward process, with its tables on the network's device.
+        prediction: how x_0 and ε follow from the network's output.
+        clip: whether x_start is clipped to [-1, 1]. eps is then computed from the clipped x_start, so that the two
+            still make up x_t. The code of Ho et al. clips at each step; the reference recipe does not.
         cond: what the network is conditioned on, each [B, ...].
     """
 
@@ -31,7 +34,7 @@ class Denoiser:
     cond: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The x_0 and the ε that the network sees in x_t.
+        """The x_0 and the ε that the network predicts from x_t.
 
         Args:
             x_t: float32 [B, ...].

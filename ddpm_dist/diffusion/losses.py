@@ -1,4 +1,4 @@
-"""The training loss: one number an image, of which the training step takes the mean.
+"""The training loss: one number for each image. The training step takes their mean.
 
 To add a loss or a weighting: derive a class from DenoisingLoss, and enter it in LOSSES.
 """
@@ -17,15 +17,16 @@ from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
-"""Makes a context in which the network's forward pass runs in the chosen number format."""
+"""Makes the context in which the network's forward pass runs in the chosen number format."""
 
 
 class DenoisingLoss(ABC):
-    """How well a network denoises a batch.
+    """How badly a network denoises each image of a batch.
 
     Args:
-        process, prediction: on the device of the batches.
-        autocast: for the network's forward pass alone; x_t and the loss are float32.
+        process: the forward process, with its tables on the device of the batches.
+        prediction: what the network's output is compared with.
+        autocast: the number format of the network's forward pass; x_t and the loss are float32.
     """
 
     def __init__(self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast) -> None:
@@ -73,9 +74,10 @@ class SimpleLoss(DenoisingLoss):
         return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
     def mean(self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        # One kernel for all images. A mean of means rounds otherwise where the batch is no power of two, and a run
-        # that began with this kernel must go on with it to end in the same bits.
+        # One kernel for all images. The mean of the images' means would round differently unless the batch size is a
+        # power of two, and runs that began with this kernel must go on with it to end with the same bits.
         return F.mse_loss(*self.output_and_target(network, x_start, t, noise, cond))
 
 
 LOSSES: dict[str, Callable[[GaussianDiffusion, Prediction, Autocast], DenoisingLoss]] = {"simple": SimpleLoss}
+"""The losses by the name that loss.weighting gives them."""

@@ -1,4 +1,4 @@
-"""The two forms of an image: grey levels 0 .. 255 on disk and on screen, numbers in [-1, 1] for the network."""
+"""The two forms of an image: whole numbers 0 .. 255 on disk and on a screen, numbers in [-1, 1] for the network."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float32 -> uint8 in [0, 255]: clamped to [-1, 1] and rounded to the nearest grey level."""
+    """float32 -> uint8 in [0, 255]: clamped to [-1, 1], scaled, and rounded to the nearest whole number."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""What the network predicts, and how x_0 and ε follow from its output.
+"""What the network predicts, and how x_0 and ε are computed from its output.
 
 To add a prediction: write a class with the two methods of `Prediction`, and enter it in PREDICTIONS.
 """
@@ -54,3 +54,4 @@ class EpsPrediction:
 
 
 PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {"eps": EpsPrediction}
+"""The predictions by the name that diffusion.prediction gives them."""

@@ -17,7 +17,11 @@ class GaussianDiffusion:
 
     Args:
         betas: float64 [T] in (0, 1).
-        device: where the tables live; inputs must be there too.
+        device: where the tables lie; the tensors given to the methods must be there too.
+
+    Attributes:
+        num_timesteps: T.
+        betas, alphas_cumprod, ...: the tables, each float32 [T]; entry 0 belongs to the least noisy timestep.
 
     Raises:
         ValueError: betas are not a 1-D tensor inside (0, 1).

@@ -33,10 +33,11 @@ class Sample(Protocol):
         """The images.
 
         Args:
-            denoiser: what it calls x_start is clipped if the denoiser clips.
+            denoiser: (x_t, t) -> (x_start, eps); it decides whether x_start is clipped.
+            process: the forward process, with its tables on x_T's device.
             x_T: float32 [B, ...], standard normal.
-            draw_noise: fresh standard normal noise of x_T's shape at each call.
-            steps: timesteps to visit, 1 .. T; a sampler that visits all of them ignores it.
+            draw_noise: returns fresh standard normal noise of x_T's shape at each call.
+            steps: number of timesteps to visit, 1 .. T; a sampler that visits all of them ignores it.
             on_step: called after each call of the denoiser; may raise to stop.
 
         Returns:
@@ -46,13 +47,13 @@ class Sample(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler and what has to be known to use it.
+    """A sampler, with the facts that its callers need.
 
     Attributes:
-        sample: from noise to images.
+        sample: turns noise into images.
         num_calls: (steps asked for, T) -> how often it calls the denoiser, for progress bars.
-        clip: whether its denoiser clips x_start unless the user says otherwise.
-        takes_steps: whether the number of steps is the user's to choose.
+        clip: whether the denoiser that it gets should clip x_start.
+        takes_steps: whether the user can choose the number of steps.
     """
 
     sample: Sample
@@ -74,7 +75,7 @@ def ddpm_sample(
     steps: int = 0,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
-    """Ancestral sampling over all T timesteps with variance β_t; see `Sample` for the arguments.
+    """Ancestral sampling over all T timesteps with variance β_t. `Sample` describes the arguments.
 
     Ho et al. 2020, algorithm 2 (arXiv:2006.11239). Fresh noise is drawn T - 1 times.
 
@@ -105,12 +106,15 @@ def ddim_sample(
     steps: int = 50,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
-    """Deterministic DDIM over evenly spaced timesteps from T - 1 to 0; see `Sample` for the arguments.
+    """Deterministic DDIM over evenly spaced timesteps from T - 1 to 0. `Sample` describes the arguments.
 
     Song et al. 2021, eq. 12 with σ = 0 (arXiv:2010.02502). No noise is drawn.
 
     Returns:
         float32 [B, ...], in [-1, 1] if the denoiser clips.
+
+    Raises:
+        ValueError: steps is not in 1 .. T.
     """
     x = x_T
     timesteps = ddim_timesteps(process.num_timesteps, steps)
@@ -123,7 +127,7 @@ def ddim_sample(
 
 
 def ddim_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """num_steps evenly spaced timesteps, falling from T - 1 to 0 (both included for num_steps >= 2).
+    """num_steps evenly spaced timesteps that fall from T - 1 to 0, both included; for num_steps = 1 only T - 1.
 
     Raises:
         ValueError: num_steps is not in 1 .. T.
@@ -139,7 +143,7 @@ def ddim_step(process: GaussianDiffusion, x_start: Tensor, eps: Tensor, previous
 
     Args:
         x_start, eps: float32 [B, ...], as predicted at t.
-        previous: t' in [0, T-1], t' < t; -1 means that t' is the image itself (ᾱ = 1).
+        previous: t' in [0, T-1], t' < t; -1 asks for the image itself (ᾱ = 1).
 
     Returns:
         float32 [B, ...].
@@ -154,3 +158,4 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_sample, num_calls=lambda steps, num_timesteps: steps, clip=True, takes_steps=True),
     "ddpm": Sampler(ddpm_sample, num_calls=lambda steps, num_timesteps: num_timesteps, clip=False, takes_steps=False),
 }
+"""The samplers by the name that users give them."""

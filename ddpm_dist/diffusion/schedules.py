@@ -1,6 +1,6 @@
 """Noise schedules: the variances β_1 .. β_T of the forward process, in float64.
 
-To add one: write a function that returns the betas, and enter it in SCHEDULES.
+To add a schedule: write a function that returns the betas, and enter it in SCHEDULES.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ class Schedule(Protocol):
     """The betas of all timesteps, the least noisy one first."""
 
     def __call__(self, num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-        """The betas, as float64 [T] in (0, 1). A schedule may ignore the two ends."""
+        """The betas.
+
+        Args:
+            num_timesteps: T.
+            beta_start, beta_end: the first and the last beta, in (0, 1); a schedule may ignore them.
+
+        Returns:
+            float64 [T] in (0, 1).
+        """
 
 
 def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -30,3 +38,4 @@ def linear_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: 
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear_betas}
+"""The schedules by the name that diffusion.schedule gives them."""

@@ -1,4 +1,4 @@
-"""Which timesteps an image is trained at.
+"""How the timestep of each image of a batch is drawn in training.
 
 To add a way to draw them: write a class with `draw`, and enter it in TIMESTEP_SAMPLERS.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class TimestepSampler(Protocol):
-    """Draws the timesteps of a batch, from the given generator alone, so that a resumed run draws the same ones."""
+    """Draws timesteps from the given generator alone, so that a resumed run draws the same ones."""
 
     def draw(self, generator: torch.Generator, n: int) -> Tensor:
-        """int64 [n] in [0, T-1]; 0 is the least noisy."""
+        """Draw the timesteps of n images: int64 [n] in [0, T-1]; 0 is the least noisy."""
 
 
 class UniformTimesteps:
@@ -34,3 +34,4 @@ class UniformTimesteps:
 
 
 TIMESTEP_SAMPLERS: dict[str, Callable[[int], TimestepSampler]] = {"uniform": UniformTimesteps}
+"""The timestep samplers by the name that loss.timestep_sampler gives them."""

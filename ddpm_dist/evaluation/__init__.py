@@ -1,1 +1,1 @@
-"""Pictures and figures from a trained model."""
+"""Images from a trained model, and the pictures that show them."""

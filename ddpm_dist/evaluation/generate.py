@@ -1,4 +1,4 @@
-"""Images from a denoiser: the same for the same seed, however many are asked for."""
+"""Images from a denoiser. The same seed gives the same images, whatever the number asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ddpm_dist.diffusion.samplers import Denoise, Sampler
 from ddpm_dist.randomness import generator
 
 BLOCK_SIZE = 64
+"""Images that are drawn together."""
 
 
 def generate_blocks(
@@ -28,17 +29,23 @@ def generate_blocks(
     on_step: Callable[[], None],
     block_size: int = BLOCK_SIZE,
 ) -> Iterator[Tensor]:
-    """Images 0 .. num - 1, block by block.
+    """Draw the images 0 .. num - 1, block by block.
 
     The noise of each image comes from a generator of its own, seeded by (seed, index), and is drawn on the CPU. The
-    last block is computed whole and then cut, since the result of a convolution depends on the shape of its batch.
+    last block is computed with all its images and then cut, since the rounding of a convolution depends on the size
+    of its batch.
 
     Args:
-        denoiser: (x_t, t) -> (x_start, eps).
-        shape: (C, H, W).
-        steps: timesteps to visit, for samplers that let one choose.
-        on_step: called after each timestep of each block; may raise to stop.
-        block_size: another size changes images by rounding only.
+        denoiser: (x_t, t) -> (x_start, eps), on the device.
+        process: the forward process, with its tables on the device.
+        sampler: turns noise into images.
+        shape: (C, H, W) of one image.
+        num: number of images, at least 0.
+        seed: at least 0.
+        steps: timesteps to visit; samplers that visit all of them ignore it.
+        device: where the images are computed.
+        on_step: called after each call of the denoiser; may raise to stop.
+        block_size: images of one batch. Another size changes the images by rounding only.
 
     Yields:
         uint8 [<= block_size, C, H, W] in [0, 255], on the CPU.
@@ -54,5 +61,10 @@ def generate_blocks(
 
 
 def num_model_calls(num: int, sampler: Sampler, steps: int, num_timesteps: int, block_size: int = BLOCK_SIZE) -> int:
-    """How often `on_step` will be called, for progress bars."""
+    """How often `generate_blocks` calls `on_step`, for progress bars.
+
+    Args:
+        steps: timesteps to visit; samplers that visit all of them ignore it.
+        num_timesteps: T.
+    """
     return -(-num // block_size) * sampler.num_calls(steps, num_timesteps)

@@ -14,7 +14,14 @@ from ddpm_dist.run.files import replacing
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """uint8 [C, H, W], C = 1 or 3, into a PNG that replaces `path` at once. Raises OSError."""
+    """Write a PNG, which replaces `path` in one step.
+
+    Args:
+        image: uint8 [C, H, W] in [0, 255], C = 1 or 3.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from torchvision.transforms.functional import to_pil_image
 
     buffer = io.BytesIO()
@@ -24,14 +31,28 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """uint8 [N, C, H, W] as one nearly square picture. Raises OSError."""
+    """Write the images as one PNG, in a grid that is as square as possible.
+
+    Args:
+        images: uint8 [N, C, H, W] in [0, 255], N at least 1, C = 1 or 3.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from torchvision.utils import make_grid
 
     save_png(make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2), path)
 
 
 def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss (log scale), gradient norm and learning rate over the steps of metrics.jsonl. Raises OSError."""
+    """Draw loss and gradient norm (on log scales) and learning rate over the steps, as a PNG.
+
+    Args:
+        records: the lines of metrics.jsonl.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,1 +1,1 @@
-"""Networks, and the average of their weights."""
+"""Networks, and moving averages of their weights."""

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 class EMA:
     """θ̄ <- d θ̄ + (1 - d) θ after each step, with d = min(decay, (1 + s) / (10 + s)) at step s.
 
-    The warm-up lets a young average forget the random start. s is the run's own step, so nothing but the weights has
-    to be saved.
+    While s is small, d is small, so that the average soon forgets the random weights of step 0. s is the step of the
+    run, so that nothing but the weights has to be saved.
 
     Args:
         model: the bare module; its state_dict has the same keys as the average's.
         decay: in [0, 1).
+
+    Attributes:
+        model: a copy of the module in evaluation mode, with the averaged weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,19 +32,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the model's weights.
+        """Move the average towards the model's weights.
 
         Args:
-            step: finished steps before this update, from 0.
+            step: s, the number of finished steps before the one that has just changed the weights; from 0.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = self._pairs
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average's weights, by the names of the model's."""
+        """The averaged weights, under the names of the model's."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over saved weights."""
+        """Replace the averaged weights by those that `state_dict` returned."""
         self.model.load_state_dict(state)

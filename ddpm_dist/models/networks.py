@@ -19,7 +19,7 @@ def _build_unet(options: Any, image_shape: tuple[int, int, int], num_classes: in
 
 
 def _accept(options: Any) -> None:
-    """The rules of the reference U-Net's keys are those of the config itself, so that they need no torch."""
+    """Accept everything. The rules of the reference U-Net are in config/checks.py, where they need no torch."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Network:
     """How a network is made.
 
     Its forward is (x_t float32 [B, C, H, W], t int64 [B], **cond) -> [B, C, H, W]. Every weight must get a gradient
-    from every batch: DistributedDataParallel would wait for the missing ones for ever.
+    from every batch: DistributedDataParallel would wait for ever for one that is missing.
 
     Attributes:
-        build: (model section of the config, (C, H, W), number of classes, 0 for none) -> the network with fresh
-            weights, drawn from the global generator.
-        size_divisor: height and width of the images must be multiples of it.
-        check: raises ValueError, with the name of the key, where the section's values cannot work.
+        build: (model section of the config, (C, H, W), number of classes or 0) -> the network. It draws its weights
+            from torch's global generator.
+        size_divisor: height and width of the images must be multiples of this.
+        check: takes the model section, and raises a ValueError that names the key if a value cannot work.
     """
 
     build: Callable[[Any, tuple[int, int, int], int], nn.Module]
@@ -42,3 +42,4 @@ class Network:
 
 
 NETWORKS: dict[str, Network] = {"unet": Network(_build_unet, SIZE_DIVISOR)}
+"""The networks by the name that model.name gives them."""

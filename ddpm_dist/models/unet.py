@@ -1,4 +1,4 @@
-"""The reference U-Net: three resolutions, residual blocks conv-GroupNorm(8)-SiLU, skips by concatenation."""
+"""The reference U-Net: three resolutions, residual blocks of convolution, GroupNorm(8) and SiLU, concatenated skips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SIZE_DIVISOR = 4  # height and width are halved twice
 class SinusoidalTimeEmbedding(nn.Module):
     """[sin(t ω_i), cos(t ω_i)] with ω_i = 10000^(-i / (half - 1)), i = 0 .. half - 1.
 
-    Vaswani et al. 2017, section 3.5 (arXiv:1706.03762), in DDPM's form with half - 1.
+    Vaswani et al. 2017, section 3.5 (arXiv:1706.03762), with half - 1 in the exponent as in DDPM's own code.
+
+    Args:
+        dim: width of the embedding, even; half = dim / 2.
     """
 
     def __init__(self, dim: int) -> None:
@@ -26,13 +29,19 @@ class SinusoidalTimeEmbedding(nn.Module):
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        """t: int64 [B] -> float32 [B, dim] in [-1, 1]."""
+        """Embed the timesteps: t int64 [B] -> float32 [B, dim] in [-1, 1]."""
         angles = t[:, None].float() * self.frequencies[None]
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class ResBlock(nn.Module):
-    """conv-norm-SiLU, plus the time's shift, conv-norm-SiLU, plus the input."""
+    """x + block(x), where the block is twice conv-norm-SiLU, with a shift between them that depends on the timestep.
+
+    Args:
+        in_channels, out_channels: if they differ, a 1x1 convolution takes x to out_channels.
+        time_embed_dim: width of the time embedding.
+        dropout: in [0, 1), before the second convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, dropout: float) -> None:
         super().__init__()
@@ -45,7 +54,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
-        """x: [B, in_channels, H, W], time_embedding: [B, time_embed_dim] -> [B, out_channels, H, W]."""
+        """x [B, in_channels, H, W], time_embedding [B, time_embed_dim] -> [B, out_channels, H, W]."""
         h = F.silu(self.norm1(self.conv1(x)))
         h = h + self.time_proj(F.silu(time_embedding))[:, :, None, None]
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
@@ -54,12 +63,13 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t.
+    """Maps x_t and t to a tensor of x_t's shape, which the reference recipe takes for the noise in x_t.
 
     Args:
         image_channels: C of the images.
-        channels: width at full resolution; twice and four times that at half and at a quarter.
-        time_embed_dim: width of the time embedding.
+        channels: width at full resolution, a multiple of 8. At half resolution the width is twice that, at a quarter
+            four times.
+        time_embed_dim: width of the time embedding, even.
         dropout: in [0, 1), inside each residual block; the reference recipe has none.
     """
 
@@ -86,14 +96,14 @@ class UNet(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise.
+        """The network's output.
 
         Args:
             x: float32 [B, C, H, W], H and W multiples of 4.
             t: int64 [B] in [0, T-1]; 0 is the least noisy.
 
         Returns:
-            [B, C, H, W], float32 or the autocast type.
+            [B, C, H, W], in float32 or in the autocast type.
         """
         time = self.time_embedding(t)
         h1 = self.down1(self.in_conv(x), time)

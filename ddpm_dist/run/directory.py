@@ -1,4 +1,4 @@
-"""The run directory: where a run's files lie, what its config and status say, and whether it may go on."""
+"""The run directory: where a run's files lie, what config.yaml and status.json say, and whether the run may go on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATES = frozenset(typing.get_args(State))
 class RunDirectory:
     """Where the files of one run lie, and what they say.
 
-    What an attempt writes, it writes through `run.outcome.Attempt`, whose lease says whether it still may.
+    An attempt writes through `run.outcome.Attempt`, which makes sure that no later attempt has begun.
 
     Args:
         path: run.root/run.name.
@@ -38,17 +38,21 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def its_errors(self) -> Iterator[None]:
-        """What the file system says inside, as a ConfigError about run.root."""
+        """Turn an error of the file system into a line for the user.
+
+        Raises:
+            ConfigError: about run.root, for an error of the file system inside the `with`.
+        """
         try:
             yield
         except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError for links in a circle
             raise ConfigError(f"run.root={self.path.parent}: cannot be used ({error})") from None
 
     def create(self) -> None:
-        """Make the folder and prove that it can be written.
+        """Make the folder, and prove that it can be written.
 
         Raises:
-            ConfigError: it cannot; or a symbolic link leads out of run.root.
+            ConfigError: it cannot be written, or it is a symbolic link that leads out of run.root.
         """
         root = self.path.parent
         try:
@@ -64,21 +68,25 @@ class RunDirectory:
         self.refuse_links()
 
     def sweep(self) -> None:
-        """Remove the temporary files of killed attempts, except the shipper's, which may be at work on them."""
+        """Remove the temporary files that killed attempts have left. Those of the shipper may be in use, and stay."""
         for folder in (self.path, self.samples, self.attempts):
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if not leftover.name.startswith(f".{self.mlflow_file.name}"):
                     leftover.unlink(missing_ok=True)
 
     def refuse_links(self) -> None:
-        """Raises ConfigError where the run directory or a folder inside is a link that leads out of run.root."""
+        """Refuse to write through a symbolic link to another place.
+
+        Raises:
+            ConfigError: the run directory, or a folder inside it, is a link that leads out of run.root.
+        """
         root = self.path.parent.resolve()
         for folder in (self.path, self.checkpoints, self.samples, self.attempts):
             if folder.exists() and not folder.resolve().is_relative_to(root):
                 raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
 
     def read_status(self) -> dict[str, Any]:
-        """What status.json says; {} before the first attempt, and where it is damaged, so that checkpoints decide."""
+        """What status.json says; {} if it is missing or damaged, so that the checkpoints alone decide."""
         status = read_json(self.status_file) or {}
         types = {"attempt": int, "saved_step": int | None, "pid": int, "host": str}
         sound = all(isinstance(status.get(name), type_) for name, type_ in types.items())
@@ -89,25 +97,32 @@ class RunDirectory:
 
         Raises:
             DataError: there is no run here.
-            ConfigError: config.yaml is not one.
+            ConfigError: config.yaml is not a valid config.
         """
         if not self.config_file.exists():
             raise DataError(f"{self.path}: no run here (no config.yaml)")
         return load_config(self.config_file)
 
     def reconcile(self, config: Config) -> list[str]:
-        """Compare with the config that this run was started with.
+        """Compare with the config that this run was started with, if it has one.
 
         Returns:
-            the differences that may be, as `key: old -> new`.
+            the differences that are allowed, as `key: old -> new`.
 
         Raises:
-            ConfigError: a key that shapes what is learned differs; all such keys are named.
+            ConfigError: a key that shapes what is learned differs; the message names all such keys.
         """
         return self.refuse_changes(self.read_config(), config) if self.config_file.exists() else []
 
     def refuse_changes(self, old: Config, new: Config) -> list[str]:
-        """Raises ConfigError if a key differs that shapes what is learned; returns the other differences."""
+        """Compare two configs of this run.
+
+        Returns:
+            the differences that are allowed, as `key: old -> new`.
+
+        Raises:
+            ConfigError: a key that shapes what is learned differs; the message names all such keys.
+        """
         refused, free = changes(old, new)
         if refused:
             raise ConfigError(

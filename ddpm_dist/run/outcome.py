@@ -1,4 +1,7 @@
-"""What the run directory tells of this attempt: who may write, how far it is, and how it ended. Written here alone."""
+"""The attempt of this process, and what it writes into the run directory about itself: how far it is, how it ended.
+
+Only this module writes status.json.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from ddpm_dist.run.lease import Lease, claim, read_attempts, slurm_restart
 
 
 class _NoLease:
-    """What an attempt has before it claims the run, and on all ranks but 0."""
+    """Stands for the lease until the attempt claims the run. On every rank except rank 0 it stays for good."""
 
     number = 0
 
@@ -32,21 +35,22 @@ class _NoLease:
 
 
 class Attempt:
-    """From the start of this process to its exit. Every rank has one; only rank 0's claims the run and writes.
+    """One attempt at a run, from the start of this process to its exit.
 
-    Before the claim nothing is written, since the run may be another attempt's.
+    Every rank has an Attempt, but only that of rank 0 claims the run and writes. It writes nothing before the claim,
+    since the run may belong to another attempt.
 
     Args:
-        directory: the run's.
+        directory: the run directory.
         world_size: number of ranks.
         nodes: the node of every rank, by rank.
 
     Attributes:
-        step: finished steps; whoever trains keeps it up to date.
-        target: the step at which the run is finished.
-        saved_step: of the newest committed checkpoint; None before the first. A later attempt that finds no
-            checkpoint although one was saved refuses to start at step 0.
-        without_progress: how many attempts before this one ended, one after the other, where they had started.
+        step: finished steps. The training loop sets it.
+        target: the step at which the run is finished. The session sets it.
+        saved_step: step of the newest committed checkpoint; None before the first one. If a later attempt finds no
+            checkpoint although this is set, it refuses to start at step 0.
+        without_progress: how many attempts in a row, up to the one before this one, saved no new step.
     """
 
     def __init__(self, directory: RunDirectory, world_size: int, nodes: Sequence[str]) -> None:
@@ -59,59 +63,70 @@ class Attempt:
 
     @property
     def number(self) -> int:
-        """From 1 once the run is claimed."""
+        """The number of this attempt, counted from 1; 0 before the claim."""
         return self._lease.number
 
     def claim(self, wait: Callable[[float], None]) -> None:
-        """Become the one attempt that writes.
+        """Become the one attempt that writes into the run directory.
 
         Args:
-            wait: called with seconds while another attempt may be alive; may raise to give up.
+            wait: called with seconds to sleep, as long as another attempt may still be running. May raise to give up.
 
         Raises:
-            ConfigError: another attempt is alive; says whose.
+            ConfigError: another attempt is running; the message says where.
             OSError: the folder cannot be written.
         """
         status = self.directory.read_status()
-        # In the claim itself, so that an attempt that dies in its first second has said where it ran.
+        # These facts are part of the claim, so that they are known of an attempt that dies in its first second too.
         facts = {"world_size": self._world_size, "nodes": self._nodes}
         self._lease = claim(self.directory.attempts, facts, status.get("attempt", 0) + 1, wait)
-        # Until this attempt has found out better, the words of the one before hold.
+        # What the attempt before wrote holds until this one has found its checkpoint and its target.
         self.target, self.saved_step = status.get("target", 0), status.get("saved_step")
         self.step = self.saved_step or 0
         before = read_attempts(self.directory.attempts)[:-1]  # the last one is ours
         self.without_progress = count_without_progress(before)
 
     def check(self) -> None:
-        """Raises TakenOver once a later attempt has begun. Called before anything is put in place."""
+        """Make sure that this attempt may still write. Called before each file is put in place.
+
+        Raises:
+            TakenOver: a later attempt has begun.
+        """
         self._lease.check()
 
     def start_from(self, saved_step: int | None) -> None:
-        """Say which checkpoint this attempt goes on from; None where it starts at step 0."""
+        """Record the step of the checkpoint that this attempt goes on from; None if it starts at step 0."""
         self.saved_step, self.step = saved_step, saved_step or 0
         self._lease.note(start_step=self.step, step=self.step)
 
     def begin(self, config: Config) -> None:
-        """Say that training begins, and with which config."""
+        """Record that training begins, and write its config to config.yaml.
+
+        Raises:
+            OSError: a file cannot be written.
+            TakenOver: a later attempt has begun.
+        """
         self._write("running", "training")
         with replacing(self.directory.config_file, self.check) as file:
             file.write(to_yaml(config).encode())
 
     def committed(self, step: int) -> None:
-        """Say that a checkpoint of this step counts from now on."""
+        """Record that the checkpoint of this step is committed. Raises as `begin` does."""
         self.saved_step, self.without_progress = step, 0
         self._lease.note(step=step)
         self._write("running", "training", step=step)
 
     def end(self, code: ExitCode, reason: str) -> None:
-        """Say that the run is finished, or that this attempt was stopped and has saved."""
+        """Record that the run is finished, or that this attempt was stopped and has saved. Raises as `begin` does."""
         self._end("finished" if code == ExitCode.FINISHED else "preempted", reason, code)
 
     def fail(self, code: int, reason: str, failed_node: str | None = None) -> None:
-        """Say that this attempt failed, as far as it may and can write.
+        """Record that this attempt failed. Does nothing if it does not hold the run or its files cannot be written.
 
         Args:
-            failed_node: where the rank sat that is known to be at fault.
+            code: exit code of the attempt.
+            reason: why it failed, in one line.
+            failed_node: the node of the ranks at fault; None if it is not known.
         """
         if isinstance(self._lease, _NoLease):
             return
@@ -125,11 +140,16 @@ class Attempt:
         self._write(state, reason, code)
 
     def release(self) -> None:
-        """Let the next attempt in, and say in this one's file how it ended."""
+        """Give the run free for the next attempt, and write into the file of this attempt how it ended."""
         self._lease.release(**self._ending)
 
     def _write(self, state: State, reason: str, code: ExitCode | None = None, step: int | None = None) -> None:
-        """Raises OSError if status.json cannot be written; the old one stays then."""
+        """Replace status.json. If that fails, the old file stays.
+
+        Raises:
+            OSError: it cannot be written.
+            TakenOver: a later attempt has begun.
+        """
         facts = {
             "state": state,
             "step": self.step if step is None else step,
@@ -149,7 +169,11 @@ class Attempt:
 
 
 def count_without_progress(attempts: Sequence[dict[str, Any]]) -> int:
-    """How many of the last attempts, one after the other, saved nothing beyond where they had started."""
+    """How many attempts in a row, up to the last one, saved no step after the one at which they started.
+
+    Args:
+        attempts: the facts of each attempt in order, as `read_attempts` returns them.
+    """
     count = 0
     for facts in reversed(attempts):
         if facts.get("step") != facts.get("start_step"):

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the loop waits for a copy of the state only; a thread writes, commits and prunes."""
+"""Saving while training goes on: the loop waits only until the state is copied; a thread does the writing."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.store import CheckpointStore
 
 RETRY_SECONDS = 10.0
-MAX_FAILURES = 5  # in a row; then the run stops rather than train on what cannot be kept
+MAX_FAILURES = 5  # failed saves in a row after which the run stops, since what it learns would be lost
 
 
 class Saver:
-    """Rank 0's writer of checkpoints; at most one save is under way.
+    """Writes the checkpoints of rank 0, one at a time.
 
-    A save that fails (no space, read-only, I/O error) leaves the older checkpoints alone and is tried again at a
-    later step: `wants_save` says when, `gave_up` when that was in vain.
+    A save that fails (no space, read-only, I/O error) leaves the older checkpoints as they are. The next one is tried
+    at a later step: `wants_save` says when. After MAX_FAILURES in a row, `gave_up` asks the run to stop.
 
     Args:
-        store: where to.
-        config: how often and how many.
-        before_commit: called first, from the writing thread: makes durable what the checkpoint relies on.
-        on_commit: called with the step, from the writing thread, once the checkpoint counts.
+        store: writes, verifies and prunes the files.
+        config: how often to save, and how many checkpoints to keep.
+        before_commit: called first, from the writing thread. It makes durable what the checkpoint relies on.
+        on_commit: called with the step, from the writing thread, once the checkpoint is committed.
         say: called with a line for a person.
-        saved_step: of the newest checkpoint that is there already; None if there is none.
+        saved_step: step of the newest checkpoint on disk; None if there is none.
 
     Attributes:
-        trouble: why the run was asked to stop, if it was.
+        trouble: why this saver asks the run to stop; empty if it does not.
     """
 
     def __init__(
@@ -58,7 +58,12 @@ class Saver:
         self._failures, self._last_time, self._postponed = 0, time.monotonic(), False
 
     def submit_unless_busy(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """`submit`; or if a save is under way, or has just failed, have `wants_save` ask again in time."""
+        """`submit`, unless a save is under way or has just failed: then `wants_save` asks for one at a later step.
+
+        Args:
+            checkpoint: its tensors are copied at once.
+            facts: for the checkpoint's manifest, as plain JSON.
+        """
         failed_just_now = self._error is not None and time.monotonic() - self._last_time < RETRY_SECONDS
         if self._busy() or failed_just_now:
             self._postponed = True
@@ -69,21 +74,21 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """Copy the state and return, while a thread does the rest. Waits for a save that is still under way."""
+        """Copy the state and return; a thread writes it. If a save is still under way, wait for that one first."""
         self.settle()
         copied = {
             item.name: self._copy(getattr(checkpoint, item.name), (item.name,))
             for item in dataclasses.fields(Checkpoint)
         }
         if checkpoint.window.is_cuda or any(value.is_cuda for value in checkpoint.model.values()):
-            torch.cuda.synchronize()  # the copies into pinned memory
+            torch.cuda.synchronize()  # the copies into pinned memory must be complete before training goes on
         self._pending, self._newest_step = (Checkpoint(**copied), facts), checkpoint.step
         self._last_time, self._postponed = time.monotonic(), False
         self._thread = threading.Thread(target=self._write, name="saver")
         self._thread.start()
 
     def wants_save(self) -> bool:
-        """Whether checkpoint.every_seconds are over, or a save that failed or was postponed is to be tried again."""
+        """Whether checkpoint.every_seconds have passed, or a save that failed or was postponed is due again."""
         if self._busy():
             return False
         if self._postponed and self._error is None:
@@ -93,22 +98,22 @@ class Saver:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the run should stop: `finish` will say why."""
+        """Whether the run must stop, because checkpoints cannot be saved; `trouble` says why."""
         return self._failures >= MAX_FAILURES or isinstance(self._error, Diverged | TakenOver)
 
     def save_and_wait(self, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-        """Have this state committed, unless it is already, and wait for it. Raises what `finish` raises."""
+        """Save this state unless its step is saved already, and wait until it is committed. Raises as `finish` does."""
         if self._newest_step != checkpoint.step:
             self.submit(checkpoint, facts)
         self.finish()
 
     def finish(self) -> None:
-        """Wait until the last submitted state is committed.
+        """Wait until the last submitted state is committed. A save that failed is tried once more.
 
         Raises:
-            OSError: it cannot be written, at a second attempt either.
+            OSError: it cannot be written.
             Diverged: the weights are not finite.
-            TakenOver: another attempt writes here now.
+            TakenOver: a later attempt has begun.
         """
         self.settle()
         if self._pending is not None:
@@ -117,7 +122,7 @@ class Saver:
             raise self._error
 
     def settle(self) -> None:
-        """Wait for a save that is under way, whatever comes of it."""
+        """Wait for a save that is under way, whether it succeeds or fails."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -132,7 +137,7 @@ class Saver:
             self._on_commit(checkpoint.step)
             self._pending, self._error, self._failures = None, None, 0
             self._store.prune(checkpoint.step, self._config.keep_last, self._config.keep_every)
-        except Exception as error:  # it must not die with the thread: the loop looks at it
+        except Exception as error:  # kept for `finish` and `gave_up`: raised in a thread, it would be lost
             if self._pending is None:
                 self._say(f"warning: old checkpoints were not removed ({error})")
                 return
@@ -143,7 +148,7 @@ class Saver:
                 self.trouble = f"checkpoints could not be saved ({error})"
 
     def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """A deep copy whose tensors lie in CPU buffers that are used again at the next save."""
+        """A deep copy. Its tensors lie in CPU buffers that the next save uses again, found by `path`."""
         if isinstance(value, Tensor):
             buffer = self._buffers.get(path)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
