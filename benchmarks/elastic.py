@@ -50,7 +50,8 @@ def measure(argv: Sequence[str]) -> int:
         for mode in MODES if round_number % 2 else reversed(MODES):
             ranks.sum(torch.zeros(1))  # start together
             wall, cpu = time.perf_counter(), time.process_time()
-            trainers[mode].train_step(part)
+            trainer = trainers[mode]
+            trainer.train_step(trainer.placement.micro_batches(part, trainer.reduction.num_micro_batches))
             used = ranks.sum(torch.tensor([time.process_time() - cpu], dtype=torch.float64))
             if round_number >= 0:
                 taken[mode].append([time.perf_counter() - wall, float(used)])

@@ -41,7 +41,8 @@ def trainer_step(channels: int, batch: Batch, *overrides: str) -> Callable[[], N
     ranks = Ranks(read_environment({}), device, 60.0, lambda: False)
     numerics = resolve(config.train, device)
     trainer = build_trainer(config, ranks, numerics, image_shape=(1, 28, 28))
-    return lambda: trainer.train_step(batch)
+    number = trainer.reduction.num_micro_batches
+    return lambda: trainer.train_step(trainer.placement.micro_batches(batch, number))
 
 
 def bare_step(channels: int, batch: Batch) -> Callable[[], None]:

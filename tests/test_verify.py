@@ -63,12 +63,13 @@ def test_stream_mode_is_proved_on_one_number_of_ranks(capfd: pytest.CaptureFixtu
 
 def rounds_otherwise_on_two_ranks(argv: Sequence[str]) -> int:
     if os.environ["WORLD_SIZE"] == "2":
+        from ddpm_dist.data.batches import Inputs
         from ddpm_dist.training.step import Trainer
 
         step = Trainer.train_step
 
-        def nudged(self: Trainer, batch: object) -> None:
-            step(self, batch)  # type: ignore[arg-type]
+        def nudged(self: Trainer, micro_batches: Sequence[Inputs]) -> None:
+            step(self, micro_batches)
             next(iter(self.model.parameters())).data.view(-1)[0] += 1e-6
 
         Trainer.train_step = nudged  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ shards. What a shard contains does not depend on the rank that computes it.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ddpm_dist.data.images import Images
+from ddpm_dist.diffusion.pixels import from_uint8
 from ddpm_dist.diffusion.timesteps import TimestepSampler
 from ddpm_dist.errors import DataError
 from ddpm_dist.randomness import derive_seed, generator
@@ -74,6 +76,49 @@ def blank(images: Images, num: int) -> Batch:
     pixels = torch.zeros(num, *images.shape, dtype=torch.uint8)
     t = torch.zeros(num, dtype=torch.int64)
     return Batch(pixels, t, torch.zeros(pixels.shape), images.conditions(range(num)))
+
+
+class Inputs(NamedTuple):
+    """A micro-batch as the loss takes it, on the device that computes.
+
+    Attributes:
+        x_start: float32 [B, C, H, W] in [-1, 1].
+        t: int64 [B] in [0, T-1].
+        noise: float32 [B, C, H, W], standard normal.
+        cond: what the network is conditioned on, each [B, ...].
+    """
+
+    x_start: Tensor
+    t: Tensor
+    noise: Tensor
+    cond: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the inputs of the network lie.
+
+    Attributes:
+        device: that computes.
+        channels_last: NHWC memory format.
+    """
+
+    device: torch.device
+    channels_last: bool
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """The batch on the device, its images scaled to [-1, 1]. Does not wait for the device."""
+        images, t, noise = (part.to(self.device, non_blocking=True) for part in (batch.images, batch.t, batch.noise))
+        cond = {name: values.to(self.device, non_blocking=True) for name, values in batch.cond.items()}
+        x_start = from_uint8(images)
+        if self.channels_last:
+            x_start = x_start.contiguous(memory_format=torch.channels_last)
+            noise = noise.contiguous(memory_format=torch.channels_last)
+        return Inputs(x_start, t, noise, cond)
+
+    def micro_batches(self, batch: Batch, number: int) -> list[Inputs]:
+        """The inputs of a training step, in equal parts."""
+        return [self.inputs(part) for part in batch.parts(number)]
 
 
 class StepBatches(Dataset[Batch]):

@@ -6,6 +6,7 @@ import torch
 
 from ddpm_dist.build import build_averages, build_loss, build_model, build_process
 from ddpm_dist.config import Config
+from ddpm_dist.data.batches import Placement
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import MeanReduction, Reduction, TreeReduction
 from ddpm_dist.training.optim import build_optimizer, learning_rate
@@ -48,7 +49,7 @@ def build_trainer(
         ranks=ranks,
         seed=config.run.seed,
         model=model,
-        channels_last=numerics.channels_last,
+        placement=Placement(ranks.device, numerics.channels_last),
         micro_batch_size=images_per_rank // reduction.num_micro_batches,
         loss=build_loss(config, build_process(config, ranks.device), lambda: numerics.autocast(ranks.device)),
         reduction=reduction,

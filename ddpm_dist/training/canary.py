@@ -33,7 +33,7 @@ def canary(trainer: Trainer, images: Images, seed: int, num_timesteps: int) -> s
     pixels = torch.randint(0, 256, (probe.num_images, *images.shape), dtype=torch.uint8, generator=draw)
     t = torch.randint(0, num_timesteps, (probe.num_images,), generator=draw)
     noise = torch.randn(pixels.shape, generator=draw)
-    inputs = trainer.inputs(Batch(pixels, t, noise, blank(images, probe.num_images).cond))
+    inputs = trainer.placement.inputs(Batch(pixels, t, noise, blank(images, probe.num_images).cond))
     seed_default_generators(trainer.ranks.device, seed, "canary dropout")
     threads = torch.get_num_threads()
     torch.set_num_threads(probe.num_threads or threads)

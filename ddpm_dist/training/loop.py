@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ddpm_dist.data.batches import Batch
+from ddpm_dist.data.batches import Inputs
 from ddpm_dist.errors import StopRequested
 from ddpm_dist.parallel.vote import Wish
 from ddpm_dist.run.outcome import Attempt
@@ -20,7 +20,7 @@ class Loop:
 
     Attributes:
         trainer: does one step at a time.
-        batches: this rank's batches, from the trainer's step on.
+        batches: the micro-batches of this rank, step by step, from the trainer's step on.
         attempt: says the target, and is told the step.
         recorder: what rank 0 writes and says.
         tasks: in the order in which they run after a step.
@@ -28,7 +28,7 @@ class Loop:
     """
 
     trainer: Trainer
-    batches: Iterator[Batch]
+    batches: Iterator[Sequence[Inputs]]
     attempt: Attempt
     recorder: Recorder
     tasks: Sequence[Task]

@@ -176,7 +176,8 @@ def _fit(
     )
     # Closing ends the loader's worker processes. If they lived on, the exit of this process would wait for them.
     with contextlib.closing(coming):
-        finished = Loop(trainer, coming, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
+        parts = (trainer.placement.micro_batches(batch, trainer.reduction.num_micro_batches) for batch in coming)
+        finished = Loop(trainer, parts, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
     return ExitCode.FINISHED if finished else ExitCode.PREEMPTED
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddpm_dist.data.batches import Batch, blank
+from ddpm_dist.data.batches import Inputs, Placement, blank
 from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import DenoisingLoss
-from ddpm_dist.diffusion.pixels import from_uint8
 from ddpm_dist.models.averages import EMA
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import Reduction
@@ -19,9 +18,6 @@ from ddpm_dist.randomness import seed_default_generators
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.training.statistics import Statistics
 from ddpm_dist.training.update import Update
-
-Inputs = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
-"""x_start float32 [B, C, H, W] in [-1, 1]; t int64 [B]; noise float32 [B, C, H, W]; cond, each [B, ...]."""
 
 
 class Trainer:
@@ -31,7 +27,7 @@ class Trainer:
         ranks: this process and its peers.
         seed: run.seed, for dropout.
         model: the bare network, which is saved, averaged and sampled from.
-        channels_last: whether images and noise lie in the NHWC memory format, as the weights do.
+        placement: where micro-batches lie, in the memory format of the weights.
         micro_batch_size: images of one forward pass on this rank.
         loss: its tables lie on the ranks' device.
         reduction: makes one gradient out of those of all micro-batches of all ranks.
@@ -49,7 +45,7 @@ class Trainer:
         ranks: Ranks,
         seed: int,
         model: nn.Module,
-        channels_last: bool,
+        placement: Placement,
         micro_batch_size: int,
         loss: DenoisingLoss,
         reduction: Reduction,
@@ -59,23 +55,22 @@ class Trainer:
     ) -> None:
         self.ranks, self.model, self.loss = ranks, model, loss
         self.reduction, self.update, self.averages, self.statistics = reduction, update, averages, statistics
-        self.micro_batch_size, self._seed, self._channels_last = micro_batch_size, seed, channels_last
+        self.placement, self.micro_batch_size, self._seed = placement, micro_batch_size, seed
         self.step = 0
 
-    def train_step(self, batch: Batch) -> None:
+    def train_step(self, micro_batches: Sequence[Inputs]) -> None:
         """Update the weights once, from one global batch. Collective.
 
         Ho et al. 2020, algorithm 1 (arXiv:2006.11239). Nothing here waits for the device.
 
         Args:
-            batch: this rank's part of the global batch of `step`.
+            micro_batches: this rank's parts of the global batch of `step`.
         """
         step_loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        micro_batches = batch.parts(self.reduction.num_micro_batches)
-        for index, micro_batch in enumerate(micro_batches):
+        for index, inputs in enumerate(micro_batches):
             self._seed_dropout(index)
             with self.reduction.micro_batch(last=index == len(micro_batches) - 1):
-                loss = self.loss.mean(self.reduction.ddp_model, *self.inputs(micro_batch)) * self.reduction.loss_weight
+                loss = self.loss.mean(self.reduction.ddp_model, *inputs) * self.reduction.loss_weight
                 self.update.scale(loss).backward()
             step_loss += loss.detach()
 
@@ -90,17 +85,6 @@ class Trainer:
         name = self.reduction.dropout_name(index)
         seed_default_generators(self.ranks.device, self._seed, "dropout", self.step, *name)
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """The batch in the form that the loss takes, on the ranks' device."""
-        device = self.ranks.device
-        images, t, noise = (part.to(device, non_blocking=True) for part in (batch.images, batch.t, batch.noise))
-        cond = {name: values.to(device, non_blocking=True) for name, values in batch.cond.items()}
-        x_start = from_uint8(images)
-        if self._channels_last:
-            x_start = x_start.contiguous(memory_format=torch.channels_last)
-            noise = noise.contiguous(memory_format=torch.channels_last)
-        return x_start, t, noise, cond
-
     def warm_up(self, images: Images) -> None:
         """Let the reduction settle in which order it adds gradients, before the first step. Collective.
 
@@ -111,7 +95,7 @@ class Trainer:
             images: only their shape and their conditions are used.
         """
         if self.reduction.needs_warm_up:
-            inputs = self.inputs(blank(images, self.micro_batch_size))
+            inputs = self.placement.inputs(blank(images, self.micro_batch_size))
             self.loss.mean(self.reduction.ddp_model, *inputs).backward()
             self.update.zero_grad()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import call_train, committed, differences, final_state, metrics, start, status, train
 
-from ddpm_dist.data.batches import Batch, StepBatches
+from ddpm_dist.data.batches import Batch, Inputs, StepBatches
 
 pytestmark = pytest.mark.slow
 
@@ -105,8 +105,8 @@ def drifts_at_4(argv: Sequence[str]) -> int:
 
     sound = Trainer.train_step
 
-    def drifting(self: Trainer, batch: Batch) -> None:
-        sound(self, batch)
+    def drifting(self: Trainer, micro_batches: Sequence[Inputs]) -> None:
+        sound(self, micro_batches)
         if self.step == 4 and self.ranks.rank == 2:
             parameters = list(self.model.parameters())
             weights = parameters[len(parameters) // 2].detach()
