@@ -1,4 +1,4 @@
-"""Parts of a run from its config: the names in it are looked up in the tables of each wing, here and nowhere else."""
+"""Builds the parts of a run from its config. Only this module looks up the names of a config in the tables."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ TABLES: dict[str, Mapping[str, Any]] = {
 
 
 def check_names(config: Config) -> None:
-    """Names that stand in a table, and the rules of the chosen network.
+    """Check that each name of the config stands in its table, and that the chosen network accepts the model section.
 
     Raises:
-        ConfigError: names the key, the value and what would be valid.
+        ConfigError: the message says the key, the value and what would be valid.
     """
     for key, name in config.named_parts().items():
         if name not in TABLES[key]:
@@ -49,24 +49,29 @@ def check_names(config: Config) -> None:
 
 
 def size_divisor(config: Config) -> int:
-    """Height and width of the images must be multiples of it."""
+    """The number of which height and width of the images must be multiples, for the chosen network."""
     return NETWORKS[config.model.name].size_divisor
 
 
 def build_process(config: Config, device: torch.device) -> GaussianDiffusion:
-    """The forward process of the config's schedule, with its tables on the device."""
+    """Build the forward process of the config's schedule, with its tables on the device."""
     diffusion = config.diffusion
     schedule = SCHEDULES[diffusion.schedule]
     return GaussianDiffusion(schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end), device)
 
 
 def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
-    """What the network predicts."""
+    """Build the config's prediction: what the output of the network means."""
     return PREDICTIONS[config.diffusion.prediction](process)
 
 
 def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -> DenoisingLoss:
-    """The training loss."""
+    """Build the config's training loss.
+
+    Args:
+        process: the forward process, on the device of the batches.
+        autocast: makes the context in which the network's forward pass runs.
+    """
     return LOSSES[config.loss.weighting](process, build_prediction(config, process), autocast)
 
 
@@ -77,12 +82,15 @@ def build_model(
     device: torch.device,
     channels_last: bool,
 ) -> nn.Module:
-    """The network with the weights of step 0, the same on every rank.
+    """Build the network with the weights of step 0, which are the same on every rank.
+
+    It seeds torch's global generators.
 
     Args:
         image_shape: (C, H, W).
-        num_classes: 0 without labels.
-        channels_last: NHWC memory format.
+        num_classes: number of classes of the labels; 0 without labels.
+        device: where the weights go.
+        channels_last: whether the weights lie in the NHWC memory format.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     model = NETWORKS[config.model.name].build(config.model, image_shape, num_classes).to(device)
@@ -90,12 +98,17 @@ def build_model(
 
 
 def build_averages(config: Config, model: nn.Module) -> dict[str, EMA]:
-    """The averages of the weights by name; `ema` is the one that previews and samples are drawn from."""
+    """Build the averages of the weights, by name. Previews and samples are drawn from `ema`."""
     return {"ema": EMA(model, config.ema.decay)}
 
 
 def build_batches(config: Config, shards: range, images: Images) -> StepBatches:
-    """The part of every step's batch that is made of the given logical shards."""
+    """Build this rank's part of each step's batch.
+
+    Args:
+        shards: the logical shards that this rank computes.
+        images: the data set.
+    """
     return StepBatches(
         images,
         seed=config.run.seed,

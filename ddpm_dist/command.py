@@ -1,4 +1,4 @@
-"""What all commands share: how they refuse a wrong command line, and how they report an error that a user can mend."""
+"""What all commands share: how they refuse a wrong command line, and how they print an error that a user can mend."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from ddpm_dist.errors import ConfigError, ExitCode, UserError
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError: a wrong option ends as a wrong key does, in one line and code 78."""
+    """An ArgumentParser that raises ConfigError, so that a wrong option ends with one line and exit code 78."""
 
     def __init__(self, *, prog: str, description: str | None, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError with argparse's message."""
         raise ConfigError(f"command line: {message}; `{self.prog} --help` shows what is valid")
 
 
 def one_line(error: Exception) -> tuple[int, str] | None:
-    """(exit code, what to print) for an error that the user can mend; None for our own bugs."""
+    """(exit code, text to print) for an error that the user can mend; None for a bug of ours."""
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -42,7 +43,7 @@ def refuse(error: Exception) -> int:
 def nobody_reads() -> int:
     """End quietly after a BrokenPipeError, as in `... | head`. Returns the exit code.
 
-    Python would try to write the rest when it exits, and complain: the rest goes to /dev/null.
+    At exit Python writes what is left in its buffer, and would print an error. So standard output becomes /dev/null.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

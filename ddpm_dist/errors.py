@@ -1,4 +1,4 @@
-"""Exit codes, and the errors that a user can mend: each is one line and an exit code, never a traceback."""
+"""Exit codes, and the errors that a user can mend. Such an error is shown as one line, never as a traceback."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import enum
 
 
 class ExitCode(enum.IntEnum):
-    """How a rank ends. The numbers are those of sysexits.h where a meaning fits.
+    """How a rank ends. The numbers are those of sysexits.h where one of its meanings fits.
 
-    torchrun exits with 1 for each of them but 0; status.json holds the true code.
+    torchrun turns each of them except 0 into 1; status.json holds the true code.
     """
 
     FINISHED = 0
-    DATA = 65  # data or checkpoint unusable
-    SOFTWARE = 70  # our fault
-    PREEMPTED = 75  # run me again
-    NO_PROGRESS = 76  # diverged, or another attempt has taken over: do not requeue
-    CONFIG = 78
+    DATA = 65  # the data or a checkpoint cannot be used
+    SOFTWARE = 70  # a bug of ours, or a machine, a disk or a network that failed
+    PREEMPTED = 75  # stopped by a signal, and saved: the same command goes on
+    NO_PROGRESS = 76  # diverged, or another attempt has taken over: the same command would not help
+    CONFIG = 78  # the config or the command line is wrong
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says, in one line, what, where, and what would be valid.
+    """Something that the user can mend. The message says in one line what is wrong, where, and what would be valid.
 
     Attributes:
-        ranks: the ranks that met the error, where others than the rank that reports it.
+        exit_code: how the command ends.
+        ranks: the ranks that met the error; empty if it is the rank that reports it.
     """
 
     exit_code = ExitCode.CONFIG
@@ -34,17 +35,17 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A key, a value, or a combination with this machine that cannot work."""
+    """A key, a value or an option cannot work, at all or on this machine."""
 
 
 class DataError(UserError):
-    """Images or checkpoints that are missing, truncated or not what they say they are."""
+    """Images or checkpoints are missing or damaged, or are not those of this run."""
 
     exit_code = ExitCode.DATA
 
 
 class Diverged(UserError):
-    """The gradients were NaN or infinite in too many steps in a row: training on would be a waste."""
+    """Training does not lead anywhere: the weights or too many gradients in a row are NaN or inf, or ranks differ."""
 
     exit_code = ExitCode.NO_PROGRESS
 
@@ -56,4 +57,4 @@ class TakenOver(UserError):
 
 
 class StopRequested(Exception):
-    """A stop signal cuts work short that can be done again (sampling, waiting)."""
+    """A stop signal has come during work that can be cut short and done again, like sampling or waiting."""

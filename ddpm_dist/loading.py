@@ -1,4 +1,4 @@
-"""A trained run from its directory: what sampling, evaluation and export start from."""
+"""Loads a trained run from its directory, as sampling, evaluation and export need it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ WEIGHTS: dict[str, Callable[[Checkpoint], Mapping[str, Tensor]]] = {
     "ema": lambda checkpoint: checkpoint.ema,
     "model": lambda checkpoint: checkpoint.model,
 }
-"""The weights that a checkpoint holds, by the name that a user asks for."""
+"""The weights of a checkpoint, by the name that users give them."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A network with trained weights, and what is needed to draw from it.
+    """A network with trained weights, and what is needed to draw images from it.
 
     Attributes:
-        step: finished steps of the checkpoint.
+        directory: the run directory.
+        config: the config that is stored in the checkpoint.
         contract: what was decided at step 0.
+        step: the checkpoint's step.
         network: in evaluation mode, on the device.
+        process: the forward process, with its tables on the device.
+        prediction: what the output of the network means.
         image_shape: (C, H, W).
     """
 
@@ -48,23 +52,28 @@ class LoadedRun:
     image_shape: tuple[int, int, int]
 
     def denoiser(self, clip: bool) -> Denoiser:
-        """(x_t, t) -> (x_start, eps). clip: whether x_start is clipped to [-1, 1] at each step."""
+        """A denoiser for samplers: (x_t, t) -> (x_start, eps).
+
+        Args:
+            clip: whether x_start is clipped to [-1, 1] at each step.
+        """
         return Denoiser(self.network, self.process, self.prediction, clip)
 
 
 def load_run(
     path: Path, step: int | None = None, weights: str = "ema", device: torch.device | str = "cpu"
 ) -> LoadedRun:
-    """Read a checkpoint of a run, verified, and build its network. Nothing is written.
+    """Read a checkpoint of a run, verify it, and build its network. Nothing is written.
 
     Args:
         path: the run directory.
-        step: which checkpoint; None: the newest valid one.
+        step: step of the checkpoint; None for the newest valid one.
         weights: a name in WEIGHTS.
         device: where the network and the tables go.
 
     Raises:
         DataError: there is no such run, checkpoint or name of weights; or the checkpoint is damaged.
+        ConfigError: the checkpoint's config has a key that this version does not know.
     """
     directory = RunDirectory(path)
     if not path.is_dir():
@@ -84,7 +93,7 @@ def load_run(
     config, device = from_flat(checkpoint.config), torch.device(device)
     channels, height, width = contract["image_shape"]
     shape = (channels, height, width)
-    # In the memory format of the run, so that images come out as in its previews.
+    # The memory format is that of training, so that images are rounded as in the run's previews.
     network = build_model(config, shape, contract.get("num_classes", 0), device, contract["channels_last"]).eval()
     network.load_state_dict(dict(WEIGHTS[weights](checkpoint)))
     process = build_process(config, device)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__)
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
     parser.add_argument("--num", type=int, default=64, help="number of images [64]")
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and print where the images are. Returns the exit code."""
     try:
         args = parse(argv)
         _check(args)
@@ -84,7 +86,7 @@ def _sample(args: argparse.Namespace) -> Path:
         raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     run = load_run(args.run_directory, args.step, device=device)
-    configure_backends(run.config.train, cpu_threads(read_environment()))  # as in the run
+    configure_backends(run.config.train, cpu_threads(read_environment()))
     num_timesteps = run.process.num_timesteps
     steps = args.steps if args.steps is not None else min(50, num_timesteps)
     if not 1 <= steps <= num_timesteps:
@@ -114,7 +116,12 @@ def _sample(args: argparse.Namespace) -> Path:
 
 
 def _probe(out: Path, as_folder: bool, num: int) -> None:
-    """Find out before hours of sampling whether the images can be put there. Raises OSError, ConfigError."""
+    """Find out whether the images can be written to `out`, before hours of sampling.
+
+    Raises:
+        OSError: they cannot.
+        ConfigError: `out` is a folder where a file is asked for, or holds more images than are asked for.
+    """
     if not as_folder and out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; give {out}/ to fill it, or the name of a file")
     folder = out if as_folder else out.parent
@@ -126,7 +133,7 @@ def _probe(out: Path, as_folder: bool, num: int) -> None:
 
 
 def _write(blocks: Iterator[Tensor], out: Path, as_folder: bool) -> None:
-    """Blocks of uint8 [B, C, H, W] into one .npz or .png, or a folder of PNGs named by their index."""
+    """Write blocks of uint8 [B, C, H, W] to one .npz or .png, or to a folder of PNGs that are named by their index."""
     import numpy as np
     import torch
 

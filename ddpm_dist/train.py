@@ -24,13 +24,14 @@ from ddpm_dist.parallel.environment import RankEnvironment, read_environment, sr
 from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
 EPILOG = """\
-Stop it with Ctrl-C or SIGTERM (it saves and exits 75); the same command goes on at the very next step.
+Stop it with Ctrl-C or SIGTERM: it saves and exits with 75. The same command then goes on at the very next step.
 Exit codes: 0 finished, 75 preempted, 78 configuration, 65 data or checkpoint unusable, 70 our fault.
 From a checkout, launch/torchrun.sh starts one rank per GPU or core.
 """
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
@@ -42,8 +43,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # At once, so that a refused command ends with its own exit code. Standard output follows when training begins:
-    # before that it carries answers (--where, --dry-run), and whoever reads them must see that they are lost.
+    """Run the command on this rank. Returns its exit code.
+
+    Args:
+        argv: the arguments; None takes those of the process.
+    """
+    # An error stream that cannot be written must not change the exit code of a refused command. Standard output is
+    # treated so only once training begins: until then it carries answers (--where, --dry-run), and the script that
+    # reads them must notice if they are lost.
     drop_what_cannot_be_written("stderr")
     code, rank = _main(argv)
     if rank == 0:
@@ -52,18 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_word(code: int) -> None:
-    """Write the exit code for a batch script, which decides whether to start the run again.
+    """Write the exit code into $DDPM_EXIT_CODE_FILE, for the batch script, which decides whether to restart the job.
 
-    torchrun turns every code but 0 into 1, and a refused command has no run directory that could hold its code.
+    torchrun turns every code except 0 into 1, and a refused command has no run directory that could hold its code.
     """
     path = os.environ.get("DDPM_EXIT_CODE_FILE")
     if path:
-        with contextlib.suppress(OSError):  # without this file the batch script takes it for a crash, and tries again
+        with contextlib.suppress(OSError):  # without the file the batch script assumes a crash, and tries again
             Path(path).write_text(f"{int(code)}\n")
 
 
 def _main(argv: Sequence[str] | None) -> tuple[int, int]:
-    """Returns (exit code, rank)."""
+    """Run the command on this rank. Returns (exit code, rank)."""
     rank = 0
     try:
         env = read_environment()
@@ -89,23 +96,23 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
 
 
 def _for_sbatch(config: Config) -> str:
-    """What slurm/train.sbatch asks for before it starts ranks: the run directory, then `key=value` lines."""
+    """The answer that slurm/train.sbatch needs before it starts ranks: the run directory, then `key=value` lines."""
     wait = srun_wait_seconds(config.distributed.timeout_seconds)
     has_torch = importlib.util.find_spec("torch") is not None
     return f"{config.directory}\nsrun_wait={wait}\ntorch={'yes' if has_torch else 'no'}"
 
 
 def _refuse(error: UserError, rank: int) -> int:
-    """Every rank finds the same error; rank 0 says it."""
+    """Print the error on rank 0, since every rank finds the same one. Returns the exit code."""
     if rank == 0:
         return refuse(error)
-    time.sleep(2)  # the first rank to exit has the launcher kill the others: let rank 0 speak first
+    time.sleep(2)  # when a rank exits, the launcher kills the others: rank 0 must print first
     return error.exit_code
 
 
 def _train(config: Config, env: RankEnvironment) -> int:
     drop_what_cannot_be_written("stdout")
-    # Before torch is imported: a signal that arrives meanwhile is remembered.
+    # Before torch is imported, which takes seconds: a stop signal that comes meanwhile is obeyed afterwards.
     stop = StopSignal().install(under_launcher=env.launcher != "none")
     from ddpm_dist.training.session import explain, run_session
 
