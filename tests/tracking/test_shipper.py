@@ -446,6 +446,30 @@ def test_more_lines_than_fit_into_one_batch_arrive_in_order(root: Path, finished
     assert_delivered(database(root), "many", directory.path)
 
 
+def test_points_have_the_time_at_which_they_were_logged(root: Path, finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    directory = make_run(root, "timed", steps=5)
+    Shipper(directory).ship("finished")
+    history = MlflowClient(database(root)).get_metric_history(the_run(database(root), "timed").info.run_id, "loss")
+    expected = [(record["step"], int(record["time"] * 1000)) for record in metrics(directory.path)]
+    assert sorted((point.step, point.timestamp) for point in history) == expected, "MLflow counts milliseconds"
+
+
+def test_picture_that_was_drawn_anew_is_sent_again(root: Path, finished: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    directory = make_run(root, "redrawn", steps=5)
+    picture = directory.samples / "step-00000005.png"
+    shipper = Shipper(directory)
+    for content in (b"first", b"and another"):
+        picture.write_bytes(content)
+        shipper.ship("running")
+    run_id = the_run(database(root), "redrawn").info.run_id
+    downloaded = MlflowClient(database(root)).download_artifacts(run_id, "samples/step-00000005.png", str(tmp_path))
+    assert Path(downloaded).read_bytes() == b"and another"
+
+
 def test_torn_line_is_shipped_once_it_is_whole(root: Path, finished: Path) -> None:
     directory = make_run(root, "torn", steps=5)
     whole = directory.metrics_file.read_bytes()
