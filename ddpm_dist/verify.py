@@ -1,4 +1,4 @@
-"""Prove on this machine that a run which is killed and moved ends, to the last bit, as one that is left alone.
+"""Prove on this machine that a run which is killed and moved ends with the same bits as one that is left alone.
 
 python -m ddpm_dist.verify
 python -m ddpm_dist.verify --config configs/mnist.yaml --worlds 1,2,4 --kills 5 --steps 60 elastic.mode=bitwise
@@ -29,13 +29,14 @@ from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import read_metrics
 
 EPILOG = """\
-Trains twice from scratch in a folder of its own: once undisturbed, and once killed at random instants, all ranks or
-one of them, and moved over the given numbers of ranks. Then compares weights, moving average, optimizer and scaler.
-Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise. Exit codes: 0 equal, 1 not, else as train's.
+It trains the same run twice in a folder of its own. One is left undisturbed. In the other, all ranks or one of them
+are killed at random instants, and each attempt takes the next of the given numbers of ranks. Then it compares weights,
+moving average, optimizer and scaler. Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise.
+Exit codes: 0 equal, 1 not equal, otherwise as those of train.
 """
 DEFAULT = ("data.name=mnist5k", "model.channels=16", "data.batch_size=32", "elastic.mode=bitwise")
 COMMAND = "ddpm_dist.train:main"
-PATIENCE_SECONDS = 600.0  # until the ranks that were not killed have ended
+PATIENCE_SECONDS = 600.0  # how long the ranks that were not killed may take to end
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Attempt:
 
     Attributes:
         world_size: its number of ranks.
-        newest: step of the newest checkpoint when it began (0: none). The attempt has to start there.
-        start: step at which it did start.
+        newest: step of the newest checkpoint when it began, 0 if there was none. The attempt has to start there.
+        start: the step at which it did start.
         end: the last step that it logged.
-        kill: which ranks were killed, in words; "" if it was left to finish.
+        kill: which ranks were killed, in words; "" if none were.
     """
 
     world_size: int
@@ -58,6 +59,7 @@ class Attempt:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.verify", description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", metavar="FILE", help="the config to rehearse")
     parser.add_argument("--worlds", default="1,2,4", metavar="N,...", help="numbers of ranks [1,2,4]")
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code; a stop signal raises SystemExit."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, handler in before.items():
@@ -127,9 +130,9 @@ def _read_worlds(text: str) -> list[int]:
 
 
 def _schedule(config: Config, steps: int) -> list[str]:
-    """Overrides that keep a cosine as long as the config makes it, although the rehearsal is shorter.
+    """Overrides that keep the cosine as long as the config makes it, although both runs here are shorter.
 
-    A config that counts in epochs does not say how many steps they are: then the cosine ends with the rehearsal.
+    A config that counts in epochs does not say how many steps they are: then the cosine ends with these runs.
     """
     if config.optim.schedule != "cosine" or config.optim.decay_steps is not None:
         return []
@@ -147,7 +150,7 @@ def _check(config: Config, worlds: Sequence[int]) -> None:
 
 
 class Rehearsal:
-    """Trains the undisturbed run and the disturbed one, and compares.
+    """Trains the undisturbed run and the disturbed one, and compares them.
 
     Args:
         root: folder of both run directories. Neither may exist yet.
@@ -170,10 +173,13 @@ class Rehearsal:
         self._steps, self._worlds, self._kills, self._draw = steps, worlds, kills, random.Random(seed)
 
     def run(self) -> bool:
-        """Train both runs. Returns whether they end alike, and each attempt started at the newest checkpoint.
+        """Train both runs, print how they went, and compare them.
+
+        Returns:
+            whether they end with the same bits, and each attempt started at the newest checkpoint.
 
         Raises:
-            CannotTrain: a run failed although nobody killed it.
+            CannotTrain: an attempt failed although none of its ranks was killed.
         """
         undisturbed = self._attempt("undisturbed", self._worlds[0], None)
         print(f"undisturbed: {undisturbed.world_size} rank(s), {undisturbed.end} steps", flush=True)
@@ -192,12 +198,13 @@ class Rehearsal:
         return self._compare(attempts)
 
     def _attempt(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
+        """Make one attempt at a run: kill it if kills are left, else let it finish."""
         run = self._root / name
         store = CheckpointStore(run / "checkpoints")
         newest = max(store.committed(), default=0)
         kill_at, victim = None, ""
         if kills_left:
-            # Early enough that the rest of the run has room for the other kills, and for a kill that comes late.
+            # Early enough to leave room for the other kills, even if some come later than planned.
             kill_at = newest + self._draw.randint(1, max(1, (self._steps - newest) // (kills_left + 1)))
             victim = self._draw.choice(["all ranks", *(f"rank {rank}" for rank in range(world_size))])
         argv = [*self._command, f"run.name={name}"]
@@ -205,18 +212,16 @@ class Rehearsal:
         with LocalRanks(world_size, log, _call, (COMMAND, argv), preload=["ddpm_dist.training.session"]) as ranks:
             number = 1 + len(read_attempts(run / "attempts"))
             while ranks.alive() and not (kill_at and _last_step(run, number) >= kill_at and store.committed()):
-                time.sleep(
-                    0.005
-                )  # also until there is a checkpoint, so that even the first kill leaves something to resume
+                time.sleep(0.005)  # it waits for a checkpoint too, so that the next attempt has one to resume
             killed = bool(kill_at) and ranks.alive()
             if killed:
-                time.sleep(self._draw.uniform(0, _step_seconds(run, number)))  # at any point of a step
+                time.sleep(self._draw.uniform(0, _step_seconds(run, number)))  # so that kills hit any part of a step
                 ranks.kill(None if victim == "all ranks" else int(victim.split()[1]))
             codes = ranks.exit_codes(PATIENCE_SECONDS)
         if None in codes:
             raise CannotTrain(codes, log)
         if RunDirectory(run).read_status().get("state") == "finished":
-            killed = False  # the kill came too late: the run was complete
+            killed = False  # the kill came too late, when the run was finished already
         elif not killed:
             raise CannotTrain(codes, log)
         facts = read_attempts(run / "attempts")[number - 1]
@@ -224,7 +229,7 @@ class Rehearsal:
         return Attempt(world_size, newest, facts["start_step"], end, f"{victim} killed" if killed else "")
 
     def _compare(self, attempts: Sequence[Attempt]) -> bool:
-        """Print what is equal and what is not."""
+        """Print what is equal and what is not. Returns whether all is well."""
         ends = []
         for name in ("undisturbed", "disturbed"):
             ends.append(digests(CheckpointStore(self._root / name / "checkpoints").load(self._steps)))
@@ -246,7 +251,12 @@ class Rehearsal:
 
 
 class CannotTrain(Exception):
-    """A run failed although this command did not kill it. Shows the last lines of its log."""
+    """An attempt failed although none of its ranks was killed. The message holds the last lines of its log.
+
+    Args:
+        codes: the exit code of each rank; None for one that did not end.
+        log: the output of all ranks.
+    """
 
     def __init__(self, codes: Sequence[int | None], log: Path) -> None:
         said = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:])
@@ -260,7 +270,7 @@ def _call(command: str, argv: Sequence[str]) -> int:
 
 
 def _step_seconds(run: Path, attempt: int) -> float:
-    """How long a step of this attempt takes, on average between its lines; 0 if it has logged one line only."""
+    """How many seconds a step of this attempt takes on average; 0 if it has logged one line only."""
     lines = _lines(run, attempt)
     steps = lines[-1]["step"] - lines[0]["step"]
     return float((lines[-1]["time"] - lines[0]["time"]) / steps) if steps else 0.0

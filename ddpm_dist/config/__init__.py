@@ -1,6 +1,6 @@
-"""The configuration: frozen dataclasses with the reference recipe as defaults, a YAML delta, dotted overrides.
+"""The config: frozen dataclasses with the reference recipe as defaults, changed by a YAML file and dotted overrides.
 
-No torch is imported here, so that a mistake is answered at once.
+Nothing here imports torch, so that a mistake is refused at once, without the seconds that torch takes to load.
 """
 
 from ddpm_dist.config.checks import check_world_size, cosine_end
@@ -12,14 +12,12 @@ from ddpm_dist.config.schema import (
     ElasticConfig,
     OptimConfig,
     TrainConfig,
-    changes,
-    describe_keys,
     from_flat,
     keys,
     loader_workers,
     to_flat,
-    to_yaml,
 )
+from ddpm_dist.config.writing import changes, describe_keys, to_yaml
 
 __all__ = [
     "CheckpointConfig",

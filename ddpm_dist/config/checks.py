@@ -1,4 +1,4 @@
-"""Rules over several keys together, and over keys and the number of ranks."""
+"""Rules that involve several keys, or keys and the number of ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ddpm_dist.errors import ConfigError
 
 
 def check_together(config: Config) -> None:
-    """Check the rules that the type and the bounds of one key cannot express.
+    """Check the rules that the type and the bounds of a single key cannot express.
 
     Raises:
-        ConfigError: names the keys and what would be valid.
+        ConfigError: the message names the keys and what would be valid.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]{0,199}", config.run.name):
         raise ConfigError(
@@ -51,19 +51,20 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
         )
-    known = config.optim.decay_steps or config.train.max_steps  # else it depends on the number of images
+    # Without either of these keys, the end of the cosine depends on the number of images, which is not known yet.
+    known = config.optim.decay_steps or config.train.max_steps
     if known is not None:
         cosine_end(config.optim, known)
 
 
 def cosine_end(optim: OptimConfig, target: int) -> int | None:
-    """The step at which the cosine reaches 0; None for a constant rate.
+    """The step at which the cosine reaches 0; None for a constant learning rate.
 
     Args:
         target: the step at which the run is finished.
 
     Raises:
-        ConfigError: that is within the warm-up.
+        ConfigError: the cosine would end before the warm-up does.
     """
     if optim.schedule != "cosine":
         return None
@@ -76,10 +77,13 @@ def cosine_end(optim: OptimConfig, target: int) -> int | None:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Check that W ranks share the logical shards evenly, and micro-batches a rank's images.
+    """Check that this number of ranks divides the logical shards, and that micro-batches divide the images of a rank.
+
+    Args:
+        world_size: the number of ranks.
 
     Raises:
-        ConfigError: lists the world sizes or micro-batch sizes that would be valid.
+        ConfigError: the message lists the numbers of ranks, or the sizes of a micro-batch, that would be valid.
     """
     shards, bitwise = config.elastic.shards, config.elastic.mode == "bitwise"
     valid_sizes = [n for n in range(1, shards + 1) if shards % n == 0 and not (bitwise and n & (n - 1))]

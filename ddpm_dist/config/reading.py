@@ -1,7 +1,7 @@
-"""From a YAML delta and dotted overrides to a validated config: defaults < file < command line.
+"""Reads a YAML file and dotted overrides into a validated config. Overrides beat the file, which beats the defaults.
 
-Values are read as text and converted by the declared type of their key, so `1e-4` is a number and `no` is a
-boolean exactly where one is wanted.
+Values are read as text and converted to the type that their key declares. So `1e-4` is a number where a key wants a
+number, and `no` is a boolean only where a key wants a boolean.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ddpm_dist.config.checks import check_together
 from ddpm_dist.config.schema import Config, Key, from_flat, keys
 from ddpm_dist.errors import ConfigError
 
-PATHS = ("run.root", "data.root")  # `~` is the home folder in them
+PATHS = ("run.root", "data.root")  # keys in whose values `~` stands for the home folder
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Defaults < file < overrides, validated.
+    """The defaults, changed by the file and then by the overrides, and validated.
 
     Args:
-        file: a YAML file that holds the differences from the defaults.
-        overrides: `section.key=value`; the last one of a key wins.
+        file: a YAML file that holds the differences from the defaults; None for none.
+        overrides: each `section.key=value`; if a key is given twice, the last value counts.
 
     Raises:
-        ConfigError: names the place, the key, the value and what would be valid.
+        ConfigError: the message names the place, the key, the value and what would be valid.
     """
     values: dict[str, Any] = {}
     for place, name, text in [*(_read_file(Path(file)) if file else ()), *_read_overrides(overrides)]:
@@ -43,7 +43,10 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 
 def _read_file(path: Path) -> list[tuple[str, str, str]]:
-    """(place, dotted key, text) of each value. It reads YAML's nodes, so no object is made and no tag is obeyed."""
+    """(place, dotted key, text) of each value in the file.
+
+    It reads the nodes of the YAML document and makes no Python objects of them, so that no tag can do any harm.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
@@ -64,7 +67,7 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
                 hint = "; write it as `{}: {{{}: ...}}`".format(*section.split("."))
             raise ConfigError(f"{place}: unknown section {section!r}{hint}")
         if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
-            continue  # `data:` with every key below it commented out
+            continue  # a section whose keys are all commented out
         for inner_place, name, value in _entries(path, node, f"{section}."):
             if not isinstance(value, yaml.ScalarNode) or not value.tag.startswith("tag:yaml.org,2002:"):
                 raise ConfigError(f"{inner_place}: {name}: expected one plain value")
@@ -75,7 +78,7 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _entries(path: Path, node: yaml.Node, prefix: str) -> list[tuple[str, str, yaml.Node]]:
-    """(place, prefixed key, node) of a mapping, each key once."""
+    """(place, prefixed key, node) of each entry of a mapping. Refuses a key that is given twice."""
     where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping like `optim: {{lr: 2e-4}}`")
@@ -108,7 +111,10 @@ def _known(name: str, place: str) -> Key:
 
 
 def _suggest(name: str) -> str:
-    """'; did you mean ...?' with the nearest key: by its last word first, else by its whole name."""
+    """'; did you mean ...?' with the nearest key.
+
+    That is a key with the same last word, else one with a similar name, else one with a similar last word.
+    """
     last = name.rpartition(".")[2]
     by_word = {known.rpartition(".")[2]: known for known in keys()}
     same_word = [known for known in keys() if known.endswith(f".{last}")]
@@ -126,7 +132,7 @@ _BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(
 
 
 def _convert(item: Key, text: str, place: str) -> Any:
-    """The text as the key's declared type, within its bounds."""
+    """The text, converted to the declared type of the key. Refuses a value outside the bounds of the key."""
     wanted, optional = item.type, False
     if isinstance(wanted, types.UnionType):
         optional = True
@@ -140,7 +146,7 @@ def _convert(item: Key, text: str, place: str) -> Any:
 
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
-        # `no` and `yes` are how YAML's users write booleans, so `auto | true | false` takes them too.
+        # Users of YAML write booleans as `no` and `yes` too, so a choice of auto, true and false accepts them.
         text = str(_BOOLEANS.get(text.lower(), text)).lower() if "true" in choices else text
         if text not in choices:
             raise refuse(f"one of {', '.join(choices)}")

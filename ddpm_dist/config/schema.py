@@ -1,4 +1,4 @@
-"""All keys of a run: their types, defaults (the reference recipe), bounds, and whether a resume may change them."""
+"""All config keys: their types, defaults (the reference recipe), bounds, and whether a resume may change them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from ddpm_dist.errors import ConfigError
 
@@ -28,14 +26,14 @@ def key(
     free: bool = False,
     named: bool = False,
 ) -> Any:
-    """A config key.
+    """Declare a config key.
 
     Args:
-        default: the reference recipe's value.
+        default: the value in the reference recipe.
         help: one line for `--help-config`.
-        minimum, above, below: inclusive lower, exclusive lower and exclusive upper bound of a number.
-        free: True if the key may change when a run is resumed. All others shape what is learned.
-        named: True if the value is a name in a table of the package (see build.py), where anybody may add one.
+        minimum, above, below: a number must be at least `minimum`, more than `above` and less than `below`.
+        free: whether the key may change when a run is resumed. All other keys shape what is learned.
+        named: whether the value is a name in a table of the package, to which anybody may add one (see build.py).
     """
     bounds = {"minimum": minimum, "above": above, "below": below}
     return field(default=default, metadata={"help": help, "free": free, "named": named, **bounds})
@@ -43,6 +41,8 @@ def key(
 
 @dataclass(frozen=True)
 class RunConfig:
+    """Which run this is, and the seed of everything in it that is random."""
+
     name: str = key("mnist", "name of the run, and of its directory below run.root", free=True)
     root: str = key("runs", "where run directories live", free=True)
     seed: int = key(0, "fixes weights, data order, timesteps and noise", minimum=0)
@@ -50,6 +50,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which images, how many a step, and how they are read."""
+
     name: Literal["mnist", "fashion-mnist", "cifar10", "mnist5k", "folder"] = key("mnist", "which images")
     root: str = key("data", "where the images lie; only a download ever writes here", free=True)
     download: bool = key(True, "fetch the data set into data.root if it is not there", free=True)
@@ -65,9 +67,10 @@ class DataConfig:
 
 
 def loader_workers(data: DataConfig) -> int:
-    """Processes per rank that read images: data.num_workers, or if that is null what suits the data set.
+    """The number of processes per rank that read images: data.num_workers, or if that is null, a default.
 
-    Images in memory are fetched faster without any; for a folder, two decode pictures while the rank trains.
+    The default is 0 for data sets in memory, which are read faster without processes. For a folder it is 2: they decode
+    pictures while the rank trains.
     """
     if data.num_workers is not None:
         return data.num_workers
@@ -76,6 +79,8 @@ def loader_workers(data: DataConfig) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The network."""
+
     name: str = key("unet", "the network", named=True)
     channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
     time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
@@ -84,6 +89,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
+    """The forward process, and what the network predicts."""
+
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
     schedule: str = key("linear", "shape of the betas", named=True)
     prediction: str = key("eps", "what the network predicts; eps: the noise", named=True)
@@ -93,12 +100,16 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The training loss."""
+
     weighting: str = key("simple", "of the timesteps; simple: all alike", named=True)
     timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """The optimizer and its learning rate."""
+
     lr: float = key(2e-4, "peak learning rate, whatever the number of ranks", above=0.0)
     schedule: Literal["constant", "cosine"] = key("constant", "shape of the learning rate after the warm-up")
     warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
@@ -109,11 +120,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
+    """The moving average of the weights."""
+
     decay: float = key(0.9999, "decay of the weights' moving average, warmed up", minimum=0.0, below=1.0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """How long to train, and how this machine computes."""
+
     epochs: int = key(20, "passes over the images", minimum=1, free=True)
     max_steps: int | None = key(None, "number of steps; beats train.epochs", minimum=1, free=True)
     micro_batch_size: int | None = key(
@@ -134,6 +149,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are saved, and how many stay."""
+
     every: int = key(500, "steps between checkpoints", minimum=1, free=True)
     every_seconds: float | None = key(None, "save also when this many seconds have passed", above=0.0, free=True)
     keep_last: int = key(3, "how many of the newest checkpoints stay", minimum=2, free=True)
@@ -142,6 +159,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class PreviewConfig:
+    """The grids of sample images that are drawn during training."""
+
     every: int = key(1000, "steps between sample grids (0: only at the end)", minimum=0, free=True)
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
     sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
@@ -151,6 +170,8 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class ElasticConfig:
+    """What stays the same when the number of ranks changes."""
+
     mode: Literal["stream", "bitwise"] = key(
         "stream", "stream: any number of ranks sees the same data and noise; bitwise: it also computes the same bits"
     )
@@ -161,11 +182,14 @@ class ElasticConfig:
 
     @property
     def fails_on_mismatch(self) -> bool:
+        """Whether a resume that would round differently is refused."""
         return self.on_mismatch == "fail" or (self.on_mismatch == "auto" and self.mode == "bitwise")
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """Where MLflow is, if it is used."""
+
     enabled: bool = key(True, "mirror metrics.jsonl into MLflow", free=True)
     uri: str | None = key(None, "MLflow server (null: $MLFLOW_TRACKING_URI, else run.root/mlflow.db)", free=True)
     experiment: str = key("ddpm_dist", "MLflow experiment", free=True)
@@ -173,6 +197,8 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
+    """How the ranks work together."""
+
     timeout_seconds: float = key(
         120.0, "a rank that is silent for this many seconds ends the job", above=0.0, below=1e6, free=True
     )
@@ -180,7 +206,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on, resolved and validated."""
+    """Everything that a run depends on, one attribute for each section. It may be changed only by making another."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -207,18 +233,22 @@ class Config:
         return {name: flat[name] for name, item in keys().items() if item.field.metadata["named"]}
 
     def target(self, num_images: int) -> int:
-        """The step at which the run is finished."""
+        """The step at which the run is finished.
+
+        Args:
+            num_images: size of the data set.
+        """
         return self.train.max_steps or self.train.epochs * (num_images // self.data.batch_size)
 
 
 @dataclass(frozen=True)
 class Key:
-    """One dotted key.
+    """A config key.
 
     Attributes:
-        name: section.key.
+        name: the dotted key, section.key.
         type: the declared type of its values.
-        field: the field of its section, with what `key` noted.
+        field: the dataclass field; its metadata hold what `key` was given.
     """
 
     name: str
@@ -227,16 +257,18 @@ class Key:
 
     @property
     def free(self) -> bool:
+        """Whether the key may change when a run is resumed."""
         return bool(self.field.metadata["free"])
 
     @property
     def help(self) -> str:
+        """The line for `--help-config`."""
         return str(self.field.metadata["help"])
 
 
 @functools.cache
 def keys() -> Mapping[str, Key]:
-    """All dotted keys in the order of the file."""
+    """All keys by their dotted name, in the order of this file."""
     found = {}
     for section, section_type in typing.get_type_hints(Config).items():
         hints = typing.get_type_hints(section_type)
@@ -247,10 +279,10 @@ def keys() -> Mapping[str, Key]:
 
 
 def from_flat(values: Mapping[str, Any]) -> Config:
-    """Config from {dotted key: typed value}; keys left out keep their defaults.
+    """A config from {dotted key: value of the right type}. Keys that are left out keep their defaults.
 
     Raises:
-        ConfigError: there is no such key; a checkpoint of another version may hold keys that this one does not know.
+        ConfigError: there is no such key. The checkpoint of a later version may hold keys that this one does not know.
     """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -263,35 +295,5 @@ def from_flat(values: Mapping[str, Any]) -> Config:
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of every key, in the order of the file."""
+    """{dotted key: value} of every key, in the order of `keys`."""
     return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in keys()}
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config; `load_config` of it gives an equal config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False)
-
-
-def describe_keys() -> str:
-    """One line for each key, with its name, default and help: the answer to `--help-config`."""
-    lines = []
-    for item in keys().values():
-        default = "null" if item.field.default is None else item.field.default
-        choices = "|".join(typing.get_args(item.type)) if typing.get_origin(item.type) is Literal else ""
-        lines.append(f"  {item.name}={default}  {item.help}{f' [{choices}]' if choices else ''}")
-    return "\n".join(lines)
-
-
-def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Differences between a run's config and the one it is resumed with, as `key: old -> new`.
-
-    Returns:
-        (refused, free): those that shape what is learned, and those that may change.
-    """
-    before, after = to_flat(old), to_flat(new)
-    refused: list[str] = []
-    free: list[str] = []
-    for name, item in keys().items():
-        if before[name] != after[name]:
-            (free if item.free else refused).append(f"{name}: {before[name]} -> {after[name]}")
-    return refused, free

@@ -1,0 +1,41 @@
+"""A config as text: as YAML, as the list of all keys, and how it differs from another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Literal
+
+import yaml
+
+from ddpm_dist.config.schema import Config, keys, to_flat
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML with every key. `load_config` makes an equal config of it."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False)
+
+
+def describe_keys() -> str:
+    """One line for each key, with its name, default and help: the answer to `--help-config`."""
+    lines = []
+    for item in keys().values():
+        default = "null" if item.field.default is None else item.field.default
+        choices = "|".join(typing.get_args(item.type)) if typing.get_origin(item.type) is Literal else ""
+        lines.append(f"  {item.name}={default}  {item.help}{f' [{choices}]' if choices else ''}")
+    return "\n".join(lines)
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """The differences between the config of a run and the one that it is resumed with, as `key: old -> new`.
+
+    Returns:
+        (refused, free): the keys that shape what is learned, and those that may change.
+    """
+    before, after = to_flat(old), to_flat(new)
+    refused: list[str] = []
+    free: list[str] = []
+    for name, item in keys().items():
+        if before[name] != after[name]:
+            (free if item.free else refused).append(f"{name}: {before[name]} -> {after[name]}")
+    return refused, free
