@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.build import build_model, build_prediction, build_process
+from ddpm_dist.build import build_model, build_prediction, build_process, check_names
 from ddpm_dist.config import Config, from_flat
 from ddpm_dist.diffusion.denoiser import Denoiser
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.errors import DataError
+from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.store import CheckpointStore
@@ -91,6 +91,10 @@ def load_run(
         raise DataError(f"{directory.checkpoints}: no checkpoint yet")
     contract = checkpoint.contract
     config, device = from_flat(checkpoint.config), torch.device(device)
+    try:
+        check_names(config)
+    except ConfigError as error:  # the run was trained by another version, or with a part that is not there now
+        raise DataError(f"{directory.path}: step {checkpoint.step} cannot be used here: {error}") from None
     channels, height, width = contract["image_shape"]
     shape = (channels, height, width)
     # The memory format is that of training, so that images are rounded as in the run's previews.
