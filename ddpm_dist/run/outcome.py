@@ -76,11 +76,13 @@ class Attempt:
             ConfigError: another attempt is running; the message says where.
             OSError: the folder cannot be written.
         """
-        status = self.directory.read_status()
+        at_least = self.directory.read_status().get("attempt", 0) + 1
         # These facts are part of the claim, so that they are known of an attempt that dies in its first second too.
         facts = {"world_size": self._world_size, "nodes": self._nodes}
-        self._lease = claim(self.directory.attempts, facts, status.get("attempt", 0) + 1, wait)
-        # What the attempt before wrote holds until this one has found its checkpoint and its target.
+        self._lease = claim(self.directory.attempts, facts, at_least, wait)
+        # What the attempt before wrote, perhaps while this one waited for it, holds until this one has found its
+        # checkpoint and its target.
+        status = self.directory.read_status()
         self.target, self.saved_step = status.get("target", 0), status.get("saved_step")
         self.step = self.saved_step or 0
         before = read_attempts(self.directory.attempts)[:-1]  # the last one is ours
@@ -120,6 +122,10 @@ class Attempt:
         """Record that the run is finished, or that this attempt was stopped and has saved. Raises as `begin` does."""
         self._end("finished" if code == ExitCode.FINISHED else "preempted", reason, code)
 
+    def stop_early(self, reason: str) -> None:
+        """Record that this attempt was stopped before its first step. Does nothing where `fail` would do nothing."""
+        self._end_if_possible("preempted", reason, ExitCode.PREEMPTED)
+
     def fail(self, code: int, reason: str, failed_node: str | None = None) -> None:
         """Record that this attempt failed. Does nothing if it does not hold the run or its files cannot be written.
 
@@ -128,12 +134,15 @@ class Attempt:
             reason: why it failed, in one line.
             failed_node: the node of the ranks at fault; None if it is not known.
         """
-        if isinstance(self._lease, _NoLease):
-            return
         if failed_node is not None:
             self._ending["failed_node"] = failed_node
+        self._end_if_possible("failed", reason, ExitCode(code))
+
+    def _end_if_possible(self, state: State, reason: str, code: ExitCode) -> None:
+        if isinstance(self._lease, _NoLease):
+            return
         with contextlib.suppress(OSError, TakenOver):
-            self._end("failed", reason, ExitCode(code))
+            self._end(state, reason, code)
 
     def _end(self, state: State, reason: str, code: ExitCode) -> None:
         self._ending |= {"state": state, "reason": reason, "exit_code": int(code)}

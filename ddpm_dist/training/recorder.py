@@ -151,7 +151,7 @@ def rank_zero_recorder(
     Args:
         store: where checkpoints go.
         point: where this attempt starts.
-        contract: what binds every attempt; each checkpoint's manifest repeats it.
+        contract: what binds every attempt; each checkpoint's manifest repeats it, with what is added to it later.
     """
     progress = Progress(True, point.step, attempt.target)
     journal = Journal(attempt.directory.metrics_file, attempt.check)
@@ -169,6 +169,8 @@ def rank_zero_recorder(
     try:
         yield RankZeroRecorder(journal, saver, progress, facts, shippers)
     finally:
+        if ranks.watchdog is not None:
+            ranks.watchdog.disarm()  # no step follows, and the save that is under way may take longer than a step
         saver.settle()  # a save that ends later would write "running" into status.json over what comes next
         progress.close()
         journal.close()

@@ -7,7 +7,7 @@ import dataclasses
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -73,15 +73,11 @@ def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitC
         watchdog.last_words = lambda reason: _last_words(reason, watchdog.silent, ranks, attempt)
     try:
         ending = _train(config, ranks, stop, attempt)
-    except StopRequested:  # rank 0 was still waiting for another attempt to end, so nothing has begun
+    except StopRequested:
+        attempt.stop_early(f"stopped by {_signal(stop)} before its first step")
         ending = Ending(ExitCode.PREEMPTED)
     except BaseException as raised:
-        error = ranks.lost(raised) if is_lost_contact(raised) else raised
-        _tell(error, ranks, attempt)
-        attempt.release()
-        if ranks.failure_is_shared:
-            ranks.leave()
-        raise error from (None if error is raised else raised)
+        _fail(raised, ranks, attempt)
     attempt.release()
     ranks.leave()
     ending.deliver(ending.code)
@@ -115,13 +111,10 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     contract = _contract(config, ranks, images, attempt.target, saved)
     if ranks.is_zero:
         attempt.begin(config)
-    trainer, warning = _build(config, ranks, images, contract, saved)
     if not ranks.is_zero:
-        return Ending(_fit(config, attempt, trainer, images, contract, SilentRecorder()))
+        return Ending(_build_and_fit(config, ranks, attempt, images, contract, saved, SilentRecorder()))
     with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
-        if warning:
-            recorder.say(warning)
-        code = _fit(config, attempt, trainer, images, contract, recorder)
+        code = _build_and_fit(config, ranks, attempt, images, contract, saved, recorder)
         _conclude(code, stop, attempt, recorder)
     return Ending(code, recorder.deliver)
 
@@ -143,10 +136,32 @@ def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: 
     return contract
 
 
+def _build_and_fit(
+    config: Config,
+    ranks: Ranks,
+    attempt: Attempt,
+    images: Images,
+    contract: dict[str, Any],
+    saved: list[Checkpoint],
+    recorder: Recorder,
+) -> ExitCode:
+    """Build the trainer, and train until the target or a stop signal. Collective.
+
+    The recorder is open already, so that MLflow learns of an attempt that fails while the trainer is built.
+    """
+    trainer = _build(config, ranks, images, contract, saved, recorder)
+    return _fit(config, attempt, trainer, images, contract, recorder)
+
+
 def _build(
-    config: Config, ranks: Ranks, images: Images, contract: dict[str, Any], saved: list[Checkpoint]
-) -> tuple[Trainer, str]:
-    """A trainer at the step where the run stands, and a warning about how this machine rounds, or "". Collective.
+    config: Config,
+    ranks: Ranks,
+    images: Images,
+    contract: dict[str, Any],
+    saved: list[Checkpoint],
+    recorder: Recorder,
+) -> Trainer:
+    """A trainer at the step where the run stands, after this machine was held against the contract. Collective.
 
     The checkpoint is taken out of `saved`, so that its memory is free afterwards.
     """
@@ -156,10 +171,12 @@ def _build(
     if trainer.reduction.repeats_on(ranks.device):
         rounds_like = canary(trainer, images, config.run.seed, config.diffusion.num_timesteps)
     warning = hold_to_contract(contract, rounds_like, ranks, config, saved[0].step if saved else 0)
+    if warning:
+        recorder.say(warning)
     trainer.warm_up(images)
     if saved:
         trainer.load(saved.pop())
-    return trainer, warning
+    return trainer
 
 
 def _fit(
@@ -184,10 +201,9 @@ def _fit(
 def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: RankZeroRecorder) -> None:
     """Rank 0: write to disk and print how this attempt ended."""
     directory, finished = attempt.directory, code == ExitCode.FINISHED
-    signal = stop.received.name if stop.received else "a signal to another rank"
     reason = "target reached" if finished else f"stopped: {recorder.why_stopped()}"
     if not finished and not recorder.why_stopped():
-        reason = f"stopped by {signal}"
+        reason = f"stopped by {_signal(stop)}"
     if finished:
         try:
             save_curves(read_metrics(directory.metrics_file), directory.path / "curves.png")
@@ -199,6 +215,29 @@ def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: Rank
         pictures = [directory.samples / f"step-{attempt.step:08d}.png", directory.path / "curves.png"]
         recorder.say(f"  pictures  {', '.join(str(path) for path in pictures if path.exists())}")
         recorder.say(f"  run       {directory.path}  (more images: python -m ddpm_dist.sample {directory.path})")
+
+
+def _signal(stop: StopSignal) -> str:
+    return stop.received.name if stop.received else "a signal to another rank"
+
+
+def _fail(raised: BaseException, ranks: Ranks, attempt: Attempt) -> NoReturn:
+    """End this attempt: record the error, release the run, and raise the error.
+
+    Raises:
+        RankLost: in place of an error that only says that another rank is gone; it names the silent ranks.
+        BaseException: any other error, as it was raised.
+    """
+    try:
+        error = ranks.lost(raised) if is_lost_contact(raised) else raised
+        _tell(error, ranks, attempt)
+    finally:
+        attempt.release()
+    if ranks.failure_is_shared:
+        ranks.leave()
+    if error is raised:
+        raise raised  # and not `from` anything, which would replace its own cause
+    raise error from raised
 
 
 def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> None:

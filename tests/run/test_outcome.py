@@ -17,7 +17,6 @@ def attempt(path: Path) -> Attempt:
     return Attempt(RunDirectory(path), 1, [socket.gethostname()])
 
 
-@pytest.mark.xfail(strict=True, reason="status.json is read before the wait")
 def test_what_the_attempt_before_saved_while_we_waited_for_it_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,6 @@ def train_with_slow_saves(argv: Sequence[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the watchdog ends rank 0 in the middle of the save")
 def test_a_save_under_way_is_committed_when_a_rank_is_lost_and_the_launcher_says_stop(tmp_path: Path) -> None:
     """As torchrun does when a rank dies: it sends SIGTERM to the others."""
     run = tmp_path / "run"
@@ -59,7 +58,6 @@ def train_stopped_while_it_builds(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
-@pytest.mark.xfail(strict=True, reason="status.json says for ever that it is running")
 def test_an_attempt_that_is_stopped_before_its_first_step_says_so(tmp_path: Path) -> None:
     with start(1, tmp_path, function=train_stopped_while_it_builds) as job:
         assert job.wait() == [75], job.output()
@@ -81,7 +79,6 @@ def train_with_a_bug(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
-@pytest.mark.xfail(strict=True, reason="the cause is cut off")
 def test_a_bug_of_ours_is_shown_with_its_cause(tmp_path: Path) -> None:
     with start(1, tmp_path, function=train_with_a_bug) as job:
         assert job.wait() == [70], job.output()
@@ -98,7 +95,6 @@ def train_with_a_bug_and_tracking(argv: Sequence[str]) -> int:
     return train_with_a_bug(argv)
 
 
-@pytest.mark.xfail(strict=True, reason="nobody ships, and nothing says what began")
 def test_mlflow_and_the_user_learn_of_an_attempt_that_fails_before_its_first_step(tmp_path: Path) -> None:
     options = ("tracking.enabled=true", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     with start(1, tmp_path, *options, function=train_with_a_bug_and_tracking) as job:
