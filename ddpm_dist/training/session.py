@@ -109,10 +109,9 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     images = _load_images(config, ranks, saved)
     attempt.target = config.target(len(images))
     contract = _contract(config, ranks, images, attempt.target, saved)
-    if ranks.is_zero:
-        attempt.begin(config)
     if not ranks.is_zero:
         return Ending(_build_and_fit(config, ranks, attempt, images, contract, saved, SilentRecorder()))
+    attempt.begin(config)
     with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
         code = _build_and_fit(config, ranks, attempt, images, contract, saved, recorder)
         _conclude(code, stop, attempt, recorder)
