@@ -1,1 +1,1 @@
-"""Side-by-side measurements, runnable by anyone: `make bench`."""
+"""Measurements of our code side by side with a plain alternative. `make bench` runs them."""

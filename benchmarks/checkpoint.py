@@ -1,8 +1,8 @@
-"""What a save costs: the loop's stall against a plain copy of the state, and our write against a bare torch.save.
+"""What a save costs: how long the loop waits, against a plain copy of the state; and our write against torch.save.
 
     python -m benchmarks.checkpoint [--megabytes 50 500] [--rounds 9] [--directory DIR]
 
-Variants take turns within each round; figures are medians, ratios are of the medians.
+Each round measures every variant once. The figures are medians over the rounds, the ratios are those of the medians.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ddpm_dist.run.store import CheckpointStore
 
 
 def state_of(megabytes: int, step: int) -> Checkpoint:
-    """Weights, average and Adam's two moments, a quarter each, in tensors of 1 MB."""
+    """A checkpoint of this size: weights, average and Adam's two moments, a quarter each, in tensors of 1 MB."""
     count = megabytes // 4
 
     def part() -> dict[str, torch.Tensor]:
@@ -35,18 +35,21 @@ def state_of(megabytes: int, step: int) -> Checkpoint:
 
 
 def copy(checkpoint: Checkpoint, into: list[torch.Tensor]) -> None:
+    """Copy the tensors of the checkpoint into these, which have the same shapes."""
     moments = [tensor for entry in checkpoint.optimizer["state"].values() for tensor in entry.values()]
     for target, source in zip(into, [*checkpoint.model.values(), *checkpoint.ema.values(), *moments], strict=True):
         target.copy_(source)
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """How long a call of the function takes."""
     begun = time.perf_counter()
     function()
     return time.perf_counter() - begun
 
 
 def measure(megabytes: int, rounds: int, directory: Path) -> None:
+    """Measure with a state of this size, writing into the directory, and print the figures."""
     checkpoint = state_of(megabytes, 1)
     store = CheckpointStore(directory / "store")
     saver = Saver(store, CheckpointConfig(), lambda: None, lambda step: None, print)
@@ -65,7 +68,7 @@ def measure(megabytes: int, rounds: int, directory: Path) -> None:
         submit_and_settle()
         times.setdefault("bare torch.save", []).append(seconds(bare))
         times.setdefault("ours: sha256, fsync, commit", []).append(seconds(lambda: store.save(checkpoint, {})))
-        if number == 0:  # buffers and pages are made once
+        if number == 0:  # the first round does not count: it makes the buffers
             times.clear()
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"state of {megabytes} MB, {rounds} rounds")
@@ -76,6 +79,7 @@ def measure(megabytes: int, rounds: int, directory: Path) -> None:
 
 
 def main() -> None:
+    """Read the command line, and measure with each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,9 +1,10 @@
-"""What the same bits on any number of ranks cost: bitwise against stream mode with the same micro-batches.
+"""What it costs that any number of ranks computes the same bits: bitwise mode against stream mode.
 
     python -m benchmarks.elastic [--worlds 2,4] [--channels 32] [--batch 64] [--shards 8] [--rounds 40]
 
-All ranks hold both trainers and run a step of each in turn, so that a machine whose speed drifts is fair to both. A
-ratio is the median over the rounds' pairs, with a 95 % bootstrap interval; CPU time is that of all ranks together.
+Both modes have the same micro-batches. All ranks hold both trainers and run a step of each in turn, so that a machine
+that becomes slower or faster affects both alike. A ratio is the median over the rounds, with a 95 % bootstrap
+interval. CPU time is that of all ranks together.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ MODES = ("stream", "bitwise")
 
 
 def measure(argv: Sequence[str]) -> int:
-    """One rank. Rank 0 writes {mode: [[wall seconds, CPU seconds of all ranks] a round]}."""
+    """Measure on one rank. Rank 0 writes {mode: [[wall seconds, CPU seconds of all ranks], ...]} as JSON.
+
+    Args:
+        argv: channels, batch size, shards, rounds, and the file to write.
+
+    Returns:
+        exit code 0.
+    """
     channels, batch, shards, rounds = (int(word) for word in argv[:4])
     torch.set_num_threads(1)
     env = read_environment()
@@ -48,7 +56,7 @@ def measure(argv: Sequence[str]) -> int:
     taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for round_number in range(-3, rounds):  # the first three warm up
         for mode in MODES if round_number % 2 else reversed(MODES):
-            ranks.sum(torch.zeros(1))  # start together
+            ranks.sum(torch.zeros(1))  # all ranks start the step together
             wall, cpu = time.perf_counter(), time.process_time()
             trainer = trainers[mode]
             trainer.train_step(trainer.placement.micro_batches(part, trainer.reduction.num_micro_batches))
@@ -69,13 +77,14 @@ def _trainer(ranks: Ranks, mode: str, channels: int, batch: int, shards: int) ->
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """(median, lower, upper) of the median, by bootstrap."""
+    """(median, lower, upper): the median of the ratios, and its 95 % interval by bootstrap."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return statistics.median(ratios), medians[50], medians[-50]
 
 
 def main() -> None:
+    """Read the command line, measure on each number of ranks, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", default="2,4")
     parser.add_argument("--channels", type=int, default=32)

@@ -1,9 +1,9 @@
-"""Our training step against a bare loop, and the speed levers against each other, interleaved in one run.
+"""Our training step against a bare loop, in fp32 and bf16, with and without channels_last.
 
     python -m benchmarks.step [--channels 32] [--batch 64] [--rounds 10] [--threads N]
 
-Each round runs every variant for a few steps in turn, so that a machine whose speed drifts is fair to all;
-ratios are medians over rounds, with their minimum and maximum.
+Each round runs a few steps of every variant in turn, so that a machine that becomes slower or faster affects all alike.
+The ratios are medians over the rounds, with their minimum and maximum.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ STEPS_PER_ROUND = 3
 
 
 def synthetic_batch(size: int) -> Batch:
+    """A batch of random images of MNIST's shape."""
     return Batch(
         torch.randint(0, 256, (size, 1, 28, 28), dtype=torch.uint8),
         torch.randint(0, 1000, (size,)),
@@ -35,7 +36,7 @@ def synthetic_batch(size: int) -> Batch:
 
 
 def trainer_step(channels: int, batch: Batch, *overrides: str) -> Callable[[], None]:
-    """The real Trainer.train_step: q_sample, EMA, metrics and all."""
+    """One call is one step of the real Trainer: q_sample, EMA and metrics included."""
     config = load_config(None, [f"model.channels={channels}", f"data.batch_size={len(batch.t)}", *overrides])
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = Ranks(read_environment({}), device, 60.0, lambda: False)
@@ -46,7 +47,7 @@ def trainer_step(channels: int, batch: Batch, *overrides: str) -> Callable[[], N
 
 
 def bare_step(channels: int, batch: Batch) -> Callable[[], None]:
-    """Forward, backward and Adam on ready inputs in fp32, and nothing else: the floor."""
+    """One call is forward, backward and Adam in fp32, on inputs that are ready, and nothing else."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = UNet(channels=channels).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4, fused=True)
@@ -61,6 +62,7 @@ def bare_step(channels: int, batch: Batch) -> Callable[[], None]:
 
 
 def main() -> None:
+    """Read the command line, measure, and print a line for each variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--batch", type=int, default=64)

@@ -1,4 +1,4 @@
-"""What tracking costs a step: runs without it, and runs whose MLflow server hangs, in turn; and writing one line.
+"""What tracking costs: a step without it and a step with an MLflow server that hangs, in turn; and writing one line.
 
 python -m benchmarks.tracking [--rounds 5] [--steps 400]
 """
@@ -26,7 +26,7 @@ RUN = (
 
 
 def train(root: Path, name: str, steps: int, *overrides: str) -> tuple[float, float]:
-    """(median milliseconds a step, CPU seconds of the trainer alone) of a run."""
+    """Train a run. Returns (median milliseconds of a step, CPU seconds of the trainer without its shipper)."""
     argv = [sys.executable, "-m", "ddpm_dist.train", *RUN, f"run.root={root}", f"run.name={name}"]
     process = subprocess.Popen([*argv, f"train.max_steps={steps}", *overrides], stdout=subprocess.DEVNULL)
     metrics = root / name / "metrics.jsonl"
@@ -36,13 +36,14 @@ def train(root: Path, name: str, steps: int, *overrides: str) -> tuple[float, fl
         if lines >= steps:
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            process.kill()  # what follows a finished run, the wait for the shipper, is not training
+            process.kill()  # a finished run waits for its shipper, which is not to be measured
         time.sleep(0.02)
     times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
     return statistics.median(b - a for a, b in itertools.pairwise(times[20:])) * 1e3, cpu
 
 
 def line_milliseconds(root: Path) -> float:
+    """Median milliseconds that writing a line of metrics.jsonl takes."""
     journal, times = Journal(root / "lines.jsonl"), []
     for step in range(10_000):
         record = {"step": step, "epoch": 0.1, "attempt": 1, "time": time.time(), "loss": 0.1, "lr": 2e-4}
@@ -54,6 +55,7 @@ def line_milliseconds(root: Path) -> float:
 
 
 def main() -> None:
+    """Read the command line, train the runs in turn, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
