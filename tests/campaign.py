@@ -1,6 +1,6 @@
-"""Runs that are killed again and again, and compared to the bit with one that was left alone.
+"""Runs that are killed again and again, and compared to the bit with an undisturbed one.
 
-In short form in the tests of this folder; `make torture` runs the long one. Everything random is printed as a seed.
+Tests make a few rounds of each campaign, `make torture` makes many. What is random follows from a seed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ RUN = ("checkpoint.every=10", "train.log_every=1", "checkpoint.keep_last=2", "di
 
 @dataclass
 class Outcome:
-    """What a campaign came to.
+    """What happened in a campaign.
 
     Attributes:
         attempts: how often the run was started.
         kills: how often it was killed before its end.
-        differences: where the end differs from the undisturbed run's; empty is right.
-        resumed: the checkpoints at which attempts began that came as far as a step.
-        slowest_return: seconds from the start of an attempt to its first new step, at worst.
+        differences: the paths at which its last checkpoint differs from the undisturbed run's; right if empty.
+        resumed: for each attempt that logged a step, the step of the checkpoint at which it started.
+        slowest_return: the longest time in seconds from the start of an attempt to its first new step.
     """
 
     attempts: int
@@ -42,16 +42,16 @@ class Outcome:
 
 
 def random_kills(root: Path, undisturbed: Path, seed: int, kills: int, steps: int, world_size: int = 2) -> Outcome:
-    """SIGKILL to all ranks or one, at random instants: start-up, steps and saves included."""
+    """Send SIGKILL to all ranks or to one at random instants, be it during start-up, a step or a save."""
     draw, run, done, attempts, slowest = random.Random(seed), root / "run", 0, 0, 0.0
     resumed: list[int] = []
     while status_of(run).get("state") != "finished":
         attempts += 1
-        assert attempts <= kills + 3, f"seed {seed}: no end in sight after {attempts} attempts"
+        assert attempts <= kills + 3, f"seed {seed}: not finished after {attempts} attempts"
         before, newest = len(metrics(run)), max(committed(run), default=0)
         with start(world_size, root, *RUN, f"train.max_steps={steps}", function=call_train_hastily) as job:
             begun = time.monotonic()
-            while not committed(run) and job.alive():  # however slow the machine, there is something to lose
+            while not committed(run) and job.alive():  # so that also on a slow machine there is one to resume
                 time.sleep(0.01)
             if done < kills and not wait_or_ended(job, draw.uniform(0.05, 1.6)):
                 done += 1
@@ -63,13 +63,13 @@ def random_kills(root: Path, undisturbed: Path, seed: int, kills: int, steps: in
                 assert job.wait(300) == [0] * world_size, f"seed {seed}\n{job.output()}"
         assert status_of(run).get("attempt", 0) <= attempts
         for line in metrics(run)[before:][:1]:
-            assert line["step"] == newest + 1, f"seed {seed}: attempt {attempts} did not begin at its checkpoint"
+            assert line["step"] == newest + 1, f"seed {seed}: attempt {attempts} did not start at the newest checkpoint"
             resumed.append(newest)
     return Outcome(attempts, done, state_differences(undisturbed, run), resumed, slowest)
 
 
 def kill(job: Job, victim: str | int) -> None:
-    """SIGKILL; the ranks that are left must leave by themselves."""
+    """Send SIGKILL to all ranks or to one. The other ranks must then exit by themselves within 40 s."""
     if victim == "all":
         job.kill()
         return
@@ -78,12 +78,12 @@ def kill(job: Job, victim: str | int) -> None:
         job.signal(victim, signal.SIGKILL)
     deadline = time.monotonic() + 40
     while job.alive():
-        assert time.monotonic() < deadline, f"ranks outlive rank {victim}\n{job.output()}"
+        assert time.monotonic() < deadline, f"some rank still runs 40 s after rank {victim} was killed\n{job.output()}"
         time.sleep(0.01)
 
 
 def wait_or_ended(job: Job, seconds: float) -> bool:
-    """True if the job ended by itself meanwhile."""
+    """Wait. Returns True as soon as the job has ended by itself, False if it still runs after this time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if not job.alive():
@@ -93,16 +93,17 @@ def wait_or_ended(job: Job, seconds: float) -> bool:
 
 
 def status_of(run: Path) -> dict[str, Any]:
+    """What status.json says; {} if there is none yet."""
     return status(run) if (run / "status.json").exists() else {}
 
 
-# Every call that changes what is on disk is a crash point: a process of ours dies right before its k-th.
+# Crash points: a process is killed right before its k-th call that changes what is on disk.
 
 CHANGES = ("replace", "link", "fsync", "unlink", "mkdir", "rename", "open")
 
 
 def call_train_dying(argv: Sequence[str]) -> int:
-    """The real command, whose rank 0 is killed right before its k-th change of the disk (argv[0] is k)."""
+    """The train command, but rank 0 is killed right before its k-th change of the disk; argv[0] is k."""
     if os.environ.get("RANK", "0") == "0":
         _die_before_change(int(argv[0]))
     return call_train_hastily(argv[1:])
@@ -125,14 +126,18 @@ def _die_before_change(number: int) -> None:
 
     for name in CHANGES:
         setattr(os, name, dying(getattr(os, name), name))
-    assert pathlib.os is os  # type: ignore[attr-defined]  # so that pathlib's calls die too
+    assert pathlib.os is os  # type: ignore[attr-defined]  # so that calls of pathlib are counted too
 
 
 def crash_points(root: Path, undisturbed: Path, numbers: Sequence[int], steps: int) -> list[str]:
-    """A run per crash point: it dies there, is started again, and must end with the undisturbed run's bits.
+    """For each crash point, a run dies there, is started again, and must end with the bits of the undisturbed run.
+
+    Args:
+        numbers: the crash points, ascending. Those after the run's last change of the disk are left out.
+        steps: length of each run.
 
     Returns:
-        what went wrong; empty is right. Points beyond the run's last change are left out.
+        what went wrong; right if empty.
     """
     wrong = []
     options = ("checkpoint.every=3", "checkpoint.keep_last=2", "train.log_every=1", f"train.max_steps={steps}")
@@ -142,17 +147,17 @@ def crash_points(root: Path, undisturbed: Path, numbers: Sequence[int], steps: i
         with Job(1, root / f"{name}.log", call_train_dying, ([str(number), *argv],)) as job:
             (code,) = job.wait(60)
         if code not in (0, -signal.SIGKILL):
-            wrong.append(f"{name}: exit code {code} before the crash")
-        untouched = status_of(root / name).get("state") == "finished"  # it is left as it is
+            wrong.append(f"{name}: ended with exit code {code} instead of SIGKILL")
+        untouched = status_of(root / name).get("state") == "finished"  # the next attempt changes nothing then
         with start(1, root, *options, name=name, function=call_train_hastily) as job:
             if job.wait(60) != [0]:
-                wrong.append(f"{name}: does not come back: {job.output()[-500:]}")
+                wrong.append(f"{name}: the next attempt failed: {job.output()[-500:]}")
                 continue
         wrong += [f"{name}: {path} differs" for path in state_differences(undisturbed, root / name)]
         if not untouched and list((root / name).rglob("*.tmp")):
             wrong.append(f"{name}: left temporary files")
         if code == 0:
-            break  # there are no more changes than this
+            break  # the run makes fewer changes than this number
     return wrong
 
 
@@ -165,11 +170,11 @@ LAYOUTS = [
         ("reference", "attention and dropout"), ("fp32", "bf16"), ("true", "false"), ("true", "false"), ("null", "0.5")
     )
 ]
-"""What must not keep a run from ending alike on 1, 2, 4 and 8 ranks; one rank accumulates over eight shards."""
+"""Combinations of options with which a run must end with the same bits on 1, 2, 4 and 8 ranks."""
 
 
 def end_on_each_world(root: Path, layout: dict[str, str], steps: int) -> list[Path]:
-    """Run directories of the same run on 1, 2, 4 and 8 ranks, of 8 shards, on real MNIST, with 16 channels."""
+    """Train the same run on 1, 2, 4 and 8 ranks, with 8 shards, on MNIST images. Returns the run directories."""
     attentive = layout["net"] != "reference"
     options = (
         *("elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16", "model.channels=16"),
@@ -183,17 +188,19 @@ def end_on_each_world(root: Path, layout: dict[str, str], steps: int) -> list[Pa
 
 
 def flip_a_bit(path: Path, draw: random.Random) -> None:
+    """Flip one bit of the file."""
     content = bytearray(path.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
 
 
 def truncate(path: Path, draw: random.Random) -> None:
+    """Cut the file off at a random place."""
     os.truncate(path, draw.randrange(path.stat().st_size))
 
 
 def zero_a_page(path: Path, draw: random.Random) -> None:
-    """A page that was not zero before: an unwritten block after a power failure."""
+    """Zero a page of the file that was not zero before, as a power failure may leave it."""
     content = path.read_bytes()
     pages = [start for start in range(0, len(content), 4096) if any(content[start : start + 4096])]
     place = draw.choice(pages)
@@ -205,4 +212,5 @@ DAMAGES = (flip_a_bit, truncate, zero_a_page)
 
 
 def newest_checkpoint(run: Path) -> Path:
+    """The file of the newest committed checkpoint."""
     return run / "checkpoints" / f"step-{committed(run)[-1]:08d}.pt"

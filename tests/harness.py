@@ -1,7 +1,7 @@
-"""Runs the train command on one or more ranks, the way a launcher would, at a fraction of the start-up time.
+"""Runs the train command on one or more ranks, as a launcher would, in a fraction of the start-up time.
 
-A fork server imports torch once; each rank is a fork of it with a launcher's environment variables, its own
-log file, and the real `ddpm_dist.train.main`. Nothing of the trainer is faked.
+A fork server imports torch once. Each rank is a fork of it that gets a launcher's environment variables and calls the
+real `ddpm_dist.train.main`. Nothing of the trainer is faked.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ TINY = (
     "preview.num_images=0",
     "tracking.enabled=false",
 )
-"""A run that trains dozens of steps a second."""
+"""Overrides for a run that trains dozens of steps a second."""
 
 
 def call_train(argv: Sequence[str]) -> int:
+    """The train command. Returns its exit code."""
     from ddpm_dist.train import main
 
     return main(argv)
 
 
 def call_unread(argv: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
-    """A command whose reader has left before the first word, as `head` leaves later."""
+    """Run a command whose standard output is a pipe that no process reads any more, as after `| head`."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as gone:
@@ -49,7 +50,10 @@ def call_unread(argv: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
 
 
 def call_train_hastily(argv: Sequence[str]) -> int:
-    """The real command, less patient: a silent holder of the lease is stale after 3 s, failed saves are tried anew."""
+    """The train command with shorter waits.
+
+    A lease is stale after 3 s without a heartbeat, and a failed save is tried again after 0.3 s.
+    """
     from ddpm_dist.run import lease, saver
 
     lease.BEAT_SECONDS, lease.STALE_SECONDS = 0.3, 3.0
@@ -60,14 +64,14 @@ def call_train_hastily(argv: Sequence[str]) -> int:
 def _as_launched(world_size: int, function: Callable[..., int], args: Sequence[Any]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
     os.environ["OMP_NUM_THREADS"] = "1"
-    if world_size == 1:  # without any launcher
+    if world_size == 1:  # as if there were no launcher
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
     return function(*args)
 
 
 class Job(LocalRanks):
-    """Ranks of the train command, or of whatever function a test brings."""
+    """Ranks of the train command, or of another function that a test brings. Leaving the `with` ends them."""
 
     def __init__(self, world_size: int, log: Path, function: Callable[..., int], args: tuple[Any, ...]) -> None:
         preload = ["ddpm_dist.training.session", "torch._dynamo", "matplotlib.figure"]
@@ -75,25 +79,27 @@ class Job(LocalRanks):
 
     @staticmethod
     def argv(root: Path, *overrides: str, name: str) -> list[str]:
+        """The arguments of the train command for a tiny run; makes run.root."""
         root.mkdir(parents=True, exist_ok=True)
         return [*TINY, f"run.root={root}", f"run.name={name}", *overrides]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank."""
         pid = self.processes[rank].pid
         assert pid is not None
         os.kill(pid, number)
 
     def wait(self, timeout: float = 120) -> list[int | None]:
-        """Exit codes of all ranks, which must end within the time."""
+        """Wait for all ranks, which must end within `timeout` seconds. Returns their exit codes."""
         codes = self.exit_codes(timeout)
-        assert None not in codes, f"not ended after {timeout} s: {codes}\n{self.output()}"
+        assert None not in codes, f"some rank still runs after {timeout} s: {codes}\n{self.output()}"
         return codes
 
 
 def start(
     world_size: int, root: Path, *overrides: str, name: str = "run", function: Callable[..., int] = call_train
 ) -> Job:
-    """`train` on some ranks with run.root=root and run.name=name."""
+    """Start the train command on this many ranks, with run.root=root and run.name=name."""
     return Job(world_size, root / f"{name}.log", function, (Job.argv(root, *overrides, name=name),))
 
 
@@ -105,14 +111,14 @@ def train(
     function: Callable[..., int] = call_train,
     timeout: float = 120,
 ) -> Path:
-    """Train to the end; returns the run directory."""
+    """Train to the target, on this many ranks. Returns the run directory."""
     with start(world_size, root, *overrides, name=name, function=function) as job:
         assert job.wait(timeout) == [0] * world_size, job.output()
     return root / name
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Every line of metrics.jsonl as it stands, a torn one left out."""
+    """Every complete line of metrics.jsonl, in the order of the file."""
     path = run / "metrics.jsonl"
     records = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
@@ -125,17 +131,18 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_step(job: Job, run: Path, step: int, attempt: int, timeout: float = 120) -> None:
-    """Until this attempt has logged the step."""
+    """Wait until this attempt has logged the step."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if any(record["step"] >= step and record["attempt"] == attempt for record in metrics(run)):
             return
-        assert job.alive(), f"ended before step {step}\n{job.output()}"
+        assert job.alive(), f"the ranks ended before step {step}\n{job.output()}"
         time.sleep(0.005)
-    raise AssertionError(f"step {step} not reached\n{job.output()}")
+    raise AssertionError(f"step {step} was not reached within {timeout} s\n{job.output()}")
 
 
 def wait_until(condition: Callable[[], bool], what: Callable[[], str], timeout: float = 60) -> None:
+    """Wait until the condition holds; `what` makes the message for when it does not within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, what()
@@ -143,26 +150,27 @@ def wait_until(condition: Callable[[], bool], what: Callable[[], str], timeout: 
 
 
 def status(run: Path) -> dict[str, Any]:
+    """What status.json says."""
     return dict(json.loads((run / "status.json").read_text()))
 
 
 def write_status(run: Path, state: str, step: int, attempt: int = 1, exit_code: int | None = None) -> None:
-    """A status.json as rank 0 would leave it, put in place at once."""
+    """Write a status.json as rank 0 would, and put it in place in one step."""
     facts = {"state": state, "step": step, "attempt": attempt, "reason": "", "exit_code": exit_code, "target": step}
     facts |= {"saved_step": step, "without_progress": 0, "world_size": 1, "time": time.time()}
     facts |= {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": None, "slurm_restart": None}
-    beside = run / ".status.new"
-    beside.write_text(json.dumps(facts))
-    beside.replace(run / "status.json")
+    temporary = run / ".status.new"
+    temporary.write_text(json.dumps(facts))
+    temporary.replace(run / "status.json")
 
 
 def committed(run: Path) -> list[int]:
-    """Steps of the committed checkpoints."""
+    """The steps of the committed checkpoints, in order."""
     return sorted(int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.json"))
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """The newest checkpoint's content."""
+    """The content of the newest checkpoint."""
     import torch
 
     state = torch.load(run / "checkpoints" / f"step-{committed(run)[-1]:08d}.pt", weights_only=True)
@@ -170,7 +178,7 @@ def final_state(run: Path) -> dict[str, Any]:
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Where two nested states differ by a single bit, type, shape or key."""
+    """The paths at which two nested states differ, be it in a single bit, a type, a shape or a key."""
     import torch
 
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
@@ -200,18 +208,18 @@ STATE = ("step", "model", "ema", "optimizer", "scaler", "contract")
 
 
 def state_differences(left: Path, right: Path) -> list[str]:
-    """Where the final model, EMA, optimizer, scaler and contract of two runs differ, to the bit."""
+    """The paths at which the newest checkpoints of two runs differ to the bit; STATE says what is compared."""
     one, other = final_state(left), final_state(right)
     return differences({key: one[key] for key in STATE}, {key: other[key] for key in STATE})
 
 
 def random_steps(seed: int, count: int, below: int) -> list[int]:
-    """Ascending random steps; the seed is printed so that a failure can be had again."""
+    """Random steps in ascending order. The seed is printed, so that a failure can be repeated."""
     print(f"seed {seed}")
     return sorted(random.Random(seed).sample(range(2, below), count))
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
-    """{file: (size, mtime, content)} of a whole folder: to show that nothing was touched."""
+    """{file: (size, mtime, content)} of a whole folder, to show later that no file was touched."""
     files: Iterable[Path] = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns, path.read_bytes()) for path in files}

@@ -1,4 +1,4 @@
-"""Another network than the reference one, for what must hold for any."""
+"""A network other than the reference one, for tests of what must hold for any network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm_dist.models.unet import ResBlock, UNet
 
 
 class Attentive(nn.Module):
-    """A residual block, then self-attention over all places (Ho et al. 2020, appendix B)."""
+    """A residual block, followed by self-attention over all pixels (Ho et al. 2020, appendix B)."""
 
     def __init__(self, block: ResBlock, channels: int, num_heads: int = 4) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Attentive(nn.Module):
 
 
 class AttentiveUNet(UNet):
-    """The reference network with attention in the middle."""
+    """The reference network with self-attention after its middle block."""
 
     def __init__(self, image_channels: int, channels: int, time_embed_dim: int, dropout: float) -> None:
         super().__init__(image_channels, channels, time_embed_dim, dropout)
@@ -41,6 +41,7 @@ class AttentiveUNet(UNet):
 
 
 def call_train_attentive(argv: Sequence[str]) -> int:
+    """The train command with model.name=attentive, the network above."""
     from ddpm_dist.models.networks import NETWORKS, Network
 
     NETWORKS["attentive"] = Network(

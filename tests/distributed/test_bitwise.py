@@ -1,4 +1,4 @@
-"""elastic.mode=bitwise: one state, to the last bit, on any number of ranks and through any moves between them."""
+"""elastic.mode=bitwise: a run ends with the same bits on any number of ranks, even if that number changes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ BITWISE = ("elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16")
 
 
 def untimed(run: Path) -> list[dict[str, float]]:
-    """Metrics of each step without what depends on the clock or the number of lives."""
+    """The lines of metrics.jsonl, without what depends on the clock or on the number of attempts."""
     return [
         {key: value for key, value in line.items() if key not in ("time", "images_per_second", "attempt")}
         for line in read_metrics(run / "metrics.jsonl")
     ]
 
 
-# All combinations are in `make torture`; here each option meets each other one.
+# `make torture` tries all combinations. In these four, each value of an option meets the values of the others.
 @pytest.mark.parametrize(
     "layout", [LAYOUTS[0], LAYOUTS[11], LAYOUTS[21], LAYOUTS[30]], ids=lambda layout: "-".join(layout.values())
 )
@@ -46,7 +46,7 @@ def test_one_state_on_1_2_4_and_8_ranks(tmp_path: Path, layout: dict[str, str]) 
     runs = end_on_each_world(tmp_path, layout, steps=30)
     for run in runs[1:]:
         assert state_differences(runs[0], run) == []
-        assert untimed(run) == untimed(runs[0]), "metrics, too, know nothing of the number of ranks"
+        assert untimed(run) == untimed(runs[0]), "the metrics depend on the number of ranks"
 
 
 @pytest.mark.parametrize("shards", [12, pytest.param(24, marks=pytest.mark.slow)])
@@ -70,13 +70,13 @@ def test_killed_and_moved_from_4_to_1_to_2_to_8_ranks(tmp_path: Path) -> None:
         started.append(committed(run)[-1])
     train(8, tmp_path, *options, name="moved")
     began = [min(line["step"] for line in metrics(run) if line["attempt"] == attempt) for attempt in (2, 3, 4)]
-    assert began == [step + 1 for step in started], "it started over instead of resuming"
+    assert began == [step + 1 for step in started], "an attempt did not start at its checkpoint"
     assert state_differences(undisturbed, run) == []
     assert untimed(run) == untimed(undisturbed)
 
 
 def nan_in_shard_6(argv: Sequence[str]) -> int:
-    """At step 5, whoever computes it."""
+    """The train command, but the noise of shard 6 is NaN at step 5."""
     sound = StepBatches._shard
 
     def poisoned(self: StepBatches, step: int, shard: int) -> Batch:
@@ -95,11 +95,11 @@ def test_nan_in_one_shard_is_skipped_alike_on_any_number_of_ranks(tmp_path: Path
     assert [line["skipped"] for line in metrics(runs[0])] == [0, 0, 0, 0, 0, 1, 0, 0]
     assert state_differences(*runs) == []
     if precision == "fp16":
-        assert final_state(runs[0])["scaler"]["scale"] == 2.0**15, "the scaler has backed off once"
+        assert final_state(runs[0])["scaler"]["scale"] == 2.0**15, "the scaler did not halve its scale exactly once"
 
 
 def has_dropout_follow_the_rank(argv: Sequence[str]) -> int:
-    """A wrong layout: dropout follows the rank."""
+    """The train command with a bug: dropout depends on the rank that computes a shard, not on the shard."""
     from ddpm_dist.parallel.reduction import TreeReduction
 
     def wrong(self: TreeReduction, index: int) -> tuple[int, ...]:
@@ -117,6 +117,7 @@ def test_the_comparison_sees_a_layout_that_is_wrong(tmp_path: Path) -> None:
 
 
 def forgets_to_warm_up(argv: Sequence[str]) -> int:
+    """The train command without the trainer's warm-up."""
     from ddpm_dist.training.step import Trainer
 
     Trainer.warm_up = lambda self, images: None  # type: ignore[method-assign]
@@ -124,7 +125,7 @@ def forgets_to_warm_up(argv: Sequence[str]) -> int:
 
 
 def interrupt_stream(root: Path, world_size: int, function: Callable[[Sequence[str]], int]) -> list[str]:
-    """Differences between a run in stream mode that is killed twice, and one that is not."""
+    """The differences between a run in stream mode that is killed twice and one that is not."""
     options = ("elastic.shards=12", "data.batch_size=24", "train.max_steps=30", "checkpoint.every=4")
     undisturbed = train(world_size, root, *options, name="undisturbed", function=function)
     for attempt, step in enumerate((9, 18), start=1):
@@ -159,9 +160,11 @@ def test_a_resume_that_would_round_otherwise_is_refused_key_by_key(tmp_path: Pat
         assert job.wait() == [0]
         assert "warning: from here on results may be rounded otherwise: train.threads: 1 -> 2" in job.output()
     contract = final_state(tmp_path / "run")["contract"]
-    assert contract["threads"] == 2, "these are the terms now"
+    assert contract["threads"] == 2, "the contract did not take the new value"
     assert len(contract["deviations"]) == 1
-    assert contract["deviations"][0].startswith("from step 2 on: train.threads: 1 -> 2"), "and it is not forgotten"
+    assert contract["deviations"][0].startswith("from step 2 on: train.threads: 1 -> 2"), (
+        "the contract does not say what changed"
+    )
     train(2, tmp_path, *BITWISE, "train.max_steps=5", "train.threads=2")
     with start(2, tmp_path, *BITWISE, "train.max_steps=6") as job:
         assert job.wait() == [78, 78]
@@ -179,6 +182,7 @@ def test_a_machine_that_rounds_otherwise_than_the_one_before_is_refused(tmp_path
 
 
 def another_torch_on_rank_1(argv: Sequence[str]) -> int:
+    """The train command, but rank 1 seems to have another version of torch."""
     import os
 
     if os.environ["RANK"] == "1":
@@ -202,7 +206,7 @@ def test_stream_mode_warns_and_goes_on(tmp_path: Path) -> None:
     with start(1, tmp_path, "train.max_steps=2", "train.threads=null") as job:
         assert job.wait() == [0]
     with start(2, tmp_path, "train.max_steps=4", "train.threads=null", "elastic.on_mismatch=fail") as job:
-        assert job.wait() == [0, 0], "another number of ranks, and threads a rank, is what stream mode is for"
+        assert job.wait() == [0, 0], "stream mode refused another number of ranks, and of threads per rank"
         assert "warning" not in job.output()
     options = ("train.max_steps=4", "train.threads=1")
     train(1, tmp_path, *options, name="fixed")

@@ -1,4 +1,4 @@
-"""NaN on one rank: the same decision everywhere, no weight touched by it, and a clean end where it does not stop."""
+"""NaN on one rank: all ranks leave out the same update, no weight becomes NaN, and if it goes on, the run fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN = ("train.max_steps=8", "train.log_every=2", "checkpoint.every=4")
 
 
 def _poison(*steps: int) -> None:
-    """The last rank's noise of these steps is NaN."""
+    """Make the noise of the last rank NaN at these steps."""
     sound = StepBatches.__getitem__
 
     def poisoned(self: StepBatches, step: int) -> Batch:
@@ -30,11 +30,13 @@ def _poison(*steps: int) -> None:
 
 
 def nan_at_5(argv: Sequence[str]) -> int:
+    """The train command with NaN on the last rank at step 5."""
     _poison(5)
     return call_train(argv)
 
 
 def nan_from_3_on(argv: Sequence[str]) -> int:
+    """The train command with NaN on the last rank from step 3 on."""
     _poison(*range(3, 100))
     return call_train(argv)
 
@@ -52,12 +54,12 @@ def test_an_update_with_nan_on_one_rank_is_skipped_by_all(
     assert [record["skipped"] for record in metrics(run)] == [0, 0, 1, 0]
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in metrics(run))
     assert state["step"] == 8
-    # Adam counts the updates that it made, and its rate must not run ahead of them.
+    # Adam's bias correction depends on its own count of updates, which must not count the one that was left out.
     assert {float(entry["step"]) for entry in state["optimizer"]["state"].values()} == {7.0}
 
 
 def test_what_follows_a_skipped_update_is_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """With a constant rate only the average notices: it moves once towards unchanged weights."""
+    """With a constant learning rate only the average changes: it moves once towards weights that did not change."""
     stop = ("train.max_steps=6", "checkpoint.every=5", "train.log_every=1")
     state = final_state(train(2, tmp_path, *stop, name="poisoned", function=nan_at_5))
     before = torch.load(tmp_path / "poisoned" / "checkpoints" / "step-00000005.pt", weights_only=True)
@@ -77,7 +79,7 @@ def test_nan_step_after_step_ends_the_run_with_76_and_saves_nothing_bad(tmp_path
         assert "Traceback" not in job.output()
     run = tmp_path / "run"
     assert (status(run)["state"], status(run)["exit_code"]) == ("failed", 76)
-    assert metrics(run)[-1]["step"] == 10, "looked at when logging: 6 in a row are there after step 9"
+    assert metrics(run)[-1]["step"] == 10, "the sixth NaN comes at step 9, and they are counted when step 10 is logged"
     assert metrics(run)[-1]["loss"] is None
     for step in committed(run):
         state = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
@@ -100,7 +102,7 @@ def test_a_series_of_skips_goes_on_over_a_resume(tmp_path: Path) -> None:
 
 
 def drifts_at_4(argv: Sequence[str]) -> int:
-    """One bit of one weight of rank 2 flips."""
+    """The train command, but one bit of one weight of rank 2 flips after step 4."""
     from ddpm_dist.training.step import Trainer
 
     sound = Trainer.train_step
@@ -122,7 +124,7 @@ def test_a_rank_whose_weights_drift_by_one_bit_is_named(tmp_path: Path) -> None:
         assert job.wait() == [76] * 4, job.output()
         assert job.output().count("error: ") == 1
         assert "step 6: the weights of rank(s) 2 are" in job.output()
-    assert committed(tmp_path / "run") == [3], "saved at the last step that was found sound"
+    assert committed(tmp_path / "run") == [3], "only the step before the flip is to be saved"
 
 
 def test_sound_ranks_pass_the_check_and_it_changes_nothing(tmp_path: Path) -> None:
@@ -132,6 +134,7 @@ def test_sound_ranks_pass_the_check_and_it_changes_nothing(tmp_path: Path) -> No
 
 
 def another_lr_on_rank_1(argv: Sequence[str]) -> int:
+    """The train command, but rank 1 is given another config."""
     return call_train([*argv, "optim.lr=1e-3", "train.log_every=3"] if os.environ["RANK"] == "1" else argv)
 
 

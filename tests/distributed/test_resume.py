@@ -1,4 +1,4 @@
-"""Interrupted equals uninterrupted, to the bit; and each attempt really begins where the last one ended."""
+"""An interrupted run ends with the same bits as an undisturbed one; each attempt starts at the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kill_and_resume(
     overrides: tuple[str, ...],
     function: Callable[..., int] = call_train,
 ) -> Path:
-    """SIGKILL every rank once a step is logged, again and again, then let the run finish."""
+    """Send SIGKILL to every rank each time one of these steps is logged, then let the run finish."""
     run = root / "killed"
     began = []
     for attempt, step in enumerate(kills, start=1):
@@ -56,7 +56,7 @@ def kill_and_resume(
         min(record["step"] for record in metrics(run) if record["attempt"] == attempt)
         for attempt in range(1, len(kills) + 2)
     ]
-    assert first_steps == [1, *(step + 1 for step in began)], "an attempt did not begin at its checkpoint"
+    assert first_steps == [1, *(step + 1 for step in began)], "an attempt did not start at its checkpoint"
     assert began[-1] > 0
     return run
 
@@ -73,7 +73,7 @@ def test_run_killed_three_times_ends_with_the_same_bits(tmp_path: Path, world_si
 
 
 def train_with_huge_scale(argv: Sequence[str]) -> int:
-    """The real command, but the loss scale starts so high that fp16 overflows until it has been halved often."""
+    """The train command, but the loss scale starts so high that fp16 overflows until it has been halved many times."""
     from ddpm_dist.training import precision
 
     def scaler(self: precision.Numerics, device: torch.device) -> torch.amp.GradScaler:
@@ -86,7 +86,7 @@ def train_with_huge_scale(argv: Sequence[str]) -> int:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.slow
 def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, world_size: int) -> None:
-    # fp16 convolutions are some 40 times slower on a CPU than fp32 ones: tiny images.
+    # The images are tiny, since fp16 convolutions on a CPU take some 40 times as long as those in fp32.
     images = tmp_path / "images"
     images.mkdir()
     pixels = load_config(overrides=["data.name=mnist5k"]).data
@@ -97,7 +97,7 @@ def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, 
     undisturbed = train(world_size, tmp_path, *overrides, name="undisturbed", function=train_with_huge_scale)
     state = final_state(undisturbed)
     updates = int(state["optimizer"]["state"][0]["step"])
-    assert 0 < updates < STEPS, "no update was skipped: the test shows nothing"
+    assert 0 < updates < STEPS, "no update was skipped, or all were, so this test shows nothing"
     assert state["scaler"]["scale"] < 2.0**40
     kills = random_steps(random.randrange(1 << 30), 3, STEPS - 2)
     killed = kill_and_resume(world_size, tmp_path, kills, overrides, train_with_huge_scale)
@@ -106,7 +106,7 @@ def test_fp16_scaler_survives_kills_although_it_skipped_updates(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_metrics_of_an_interrupted_run_are_those_of_an_undisturbed_one(tmp_path: Path) -> None:
-    overrides = (*RUN, "train.log_every=5")  # a window of 5 steps is cut by a checkpoint at 7
+    overrides = (*RUN, "train.log_every=5")  # the checkpoint of step 7 lies between the lines of steps 5 and 10
     undisturbed = train(2, tmp_path, *overrides, name="undisturbed")
     run = tmp_path / "stopped"
     with start(2, tmp_path, *overrides, name="stopped") as job:
@@ -180,7 +180,7 @@ def test_larger_target_is_refused_where_it_would_move_a_cosine(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    """Stream mode: the same images, timesteps and noise; only rounding may differ."""
+    """In stream mode it sees the same images, timesteps and noise; only rounding may differ."""
     overrides = ("train.max_steps=30", "checkpoint.every=10", "train.precision=fp32")
     straight = train(1, tmp_path, *overrides, name="straight")
     train(4, tmp_path, "train.max_steps=10", *overrides[1:], name="moved")
@@ -191,7 +191,7 @@ def test_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def in_a_folder_of_its_own(argv: Sequence[str]) -> int:
-    """Each rank has another working directory, as if each node had its own disk."""
+    """The train command, but each rank has a working directory of its own, as if run.root were not shared."""
     os.chdir(Path(argv[-1].partition("=")[2]) / f"node{os.environ['RANK']}")
     return call_train([*argv[:-1], "run.root=runs"])
 

@@ -1,4 +1,4 @@
-"""The real launcher: launch/torchrun.sh, as a user types it."""
+"""The real torchrun, started with launch/torchrun.sh as a user would start it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def torchrun(root: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for_attempt(process: subprocess.Popen[str], run: Path, attempt: int, lines: int) -> None:
+    """Wait until this attempt has logged this many lines."""
     deadline = time.monotonic() + 90
     while sum(record["attempt"] == attempt for record in metrics(run)) < lines:
         assert process.poll() is None, process.communicate()[0]
@@ -40,7 +41,7 @@ def wait_for_attempt(process: subprocess.Popen[str], run: Path, attempt: int, li
 
 
 def processes_of(run: Path) -> list[str]:
-    """Command lines of live processes that name this run."""
+    """The command lines of all running processes that name this run's root."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -65,7 +66,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_finishes(tmp_path: P
     with torchrun(tmp_path, f"train.max_steps={target}", "checkpoint.every=5000") as process:
         output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
-    assert output.count(f"resumes at step {stopped_at}") == 1, "only rank 0 talks"
+    assert output.count(f"resumes at step {stopped_at}") == 1, "another rank than rank 0 printed it too"
     assert status(run)["state"] == "finished"
     straight = train(2, tmp_path, f"train.max_steps={target}", name="straight")
     assert state_differences(straight, run) == []
@@ -80,7 +81,7 @@ def test_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
         while processes_of(run) and time.monotonic() < deadline:
             time.sleep(0.1)
     assert processes_of(run) == []
-    assert status(run)["state"] == "preempted", "its ranks were told and saved"
+    assert status(run)["state"] == "preempted", "the ranks did not save before they ended"
 
 
 def test_error_in_the_config_is_said_once(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_error_in_the_config_is_said_once(tmp_path: Path) -> None:
 
 
 def test_max_restarts_of_torchrun_goes_on_at_the_checkpoint(tmp_path: Path) -> None:
-    """torchrun's store outlives the killed ranks, with all that they wrote into it."""
+    """torchrun keeps its store when it restarts the ranks, so it still holds what the killed ranks wrote into it."""
     run, options = tmp_path / "run", ("train.max_steps=400", "checkpoint.every=10")
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     argv += ["-m", "ddpm_dist.train", *TINY, f"run.root={tmp_path}", "run.name=run", *options]

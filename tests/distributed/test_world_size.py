@@ -1,4 +1,4 @@
-"""One rank equals N ranks: the same data and noise, the same loss curve up to rounding."""
+"""Any number of ranks sees the same data and noise as one rank, and has the same loss curve up to rounding."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_loss_curve_is_that_of_one_rank(runs: dict[int, Path], world_size: int) 
     assert len(one) == len(many) == 50
     for left, right in zip(one, many, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4)
-        # Adam would hide a gradient that is summed instead of averaged; its norm does not.
+        # Adam divides by the size of the gradient, so the loss would not show that it was summed, not averaged.
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
-        assert right["lr"] == left["lr"], "the learning rate must not know the number of ranks"
+        assert right["lr"] == left["lr"], "the learning rate depends on the number of ranks"
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -36,7 +36,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, world_size: i
     for left, right in zip(metrics(whole), metrics(split), strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
-    assert state_differences(whole, split), "micro-batches that round exactly alike were probably not split"
+    assert state_differences(whole, split), "equal bits mean that the batch was probably not split into micro-batches"
 
 
 def test_previews_leave_training_untouched(tmp_path: Path) -> None:

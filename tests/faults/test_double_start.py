@@ -1,4 +1,4 @@
-"""The same run started twice, or taken over from a process that only slept: one trains, nobody else writes."""
+"""The same run is started twice, or taken over from a process that only slept: one attempt trains, no other writes."""
 
 from __future__ import annotations
 

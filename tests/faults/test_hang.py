@@ -1,4 +1,4 @@
-"""A rank that hangs: the others leave in time, and say which one it was."""
+"""When a rank hangs, the others exit in time and say which rank it was."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LONG = ("train.max_steps=100000", "train.log_every=1", "checkpoint.every=5", f"d
 
 
 def wait_for_rank(job: Job, rank: int, seconds: float) -> float:
-    """Seconds until a rank has ended."""
+    """Wait until a rank has ended. Returns how many seconds that took."""
     begun = time.monotonic()
     job.processes[rank].join(seconds)
-    assert job.processes[rank].exitcode is not None, f"rank {rank} did not leave within {seconds} s\n{job.output()}"
+    assert job.processes[rank].exitcode is not None, f"rank {rank} did not exit within {seconds} s\n{job.output()}"
     return time.monotonic() - begun
 
 
@@ -43,7 +43,7 @@ def test_the_live_ranks_leave_and_name_the_one_that_hangs(tmp_path: Path) -> Non
 
 
 def test_rank_zero_that_hangs_is_left_too(tmp_path: Path) -> None:
-    """It keeps the store here, as under srun, so nobody can say more than that contact was lost."""
+    """Here rank 0 keeps the store, as under srun. So the other ranks can only say that contact was lost."""
     with start(2, tmp_path, *LONG) as job:
         wait_for_step(job, tmp_path / "run", 7, attempt=1)
         job.signal(0, signal.SIGSTOP)
@@ -53,7 +53,7 @@ def test_rank_zero_that_hangs_is_left_too(tmp_path: Path) -> None:
 
 
 def test_a_stop_signal_ends_a_rank_that_waits_for_one_that_hangs(tmp_path: Path) -> None:
-    """Long before the collective's time-out: the scheduler's patience is shorter."""
+    """It must end long before the time-out of the collective, since a scheduler kills the job sooner than that."""
     options = ("distributed.timeout_seconds=300",)
     with start(2, tmp_path, *LONG, *options) as job:
         wait_for_step(job, tmp_path / "run", 7, attempt=1)
@@ -72,7 +72,7 @@ def test_a_stop_signal_ends_a_rank_that_waits_for_one_that_hangs(tmp_path: Path)
 
 
 def call_train_dying_at_its_data(argv: Sequence[str]) -> int:
-    """Rank 1 is killed while it loads the images: no collective of torch's is under way."""
+    """The train command, but rank 1 is killed while it loads the images, when no collective is under way."""
     from ddpm_dist.data import datasets
 
     module: Any = datasets

@@ -1,4 +1,4 @@
-"""Killed at random instants and at chosen ones: the end is that of the run that was left alone, to the bit."""
+"""A run that is killed, at random instants or at chosen ones, ends with the same bits as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_random_kills_change_nothing(tmp_path: Path, seed: int) -> None:
     outcome = random_kills(tmp_path, undisturbed, seed, kills=10, steps=steps)
     assert outcome.differences == []
     assert outcome.kills == 10
-    assert outcome.resumed[-1] >= 10, "it went on from its checkpoints, and did not start over and over"
+    assert outcome.resumed[-1] >= 10, "the attempts started at step 0 again and again"
 
 
 def test_a_process_that_dies_before_a_change_of_the_disk_comes_back(tmp_path: Path) -> None:
-    """All of them are in `make torture`."""
+    """Fourteen of the crash points; `make torture` tries all of them."""
     undisturbed = train(1, tmp_path, "checkpoint.every=3", "train.max_steps=8", name="undisturbed")
     numbers = sorted(random.Random(3).sample(range(1, 90), 14))
     assert crash_points(tmp_path, undisturbed, numbers, steps=8) == []
@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_is_fallen_back_from_and_set_aside(
 
 
 def test_saves_by_the_clock_are_at_the_same_step_on_all_ranks(tmp_path: Path) -> None:
-    """Rank 0's clock decides; the ranks agree, go on from there after a kill, and end with the same bits."""
+    """Rank 0's clock decides when to save. The run is killed and resumed, and ends with the same bits."""
     clock = ("checkpoint.every=100000", "checkpoint.every_seconds=0.4", "train.log_every=1", "train.max_steps=250")
     options = (*clock, "checkpoint.keep_last=1000")
     undisturbed = train(2, tmp_path, "train.max_steps=250", name="undisturbed")
@@ -59,7 +59,9 @@ def test_saves_by_the_clock_are_at_the_same_step_on_all_ranks(tmp_path: Path) ->
         job.kill()
     saved = committed(run)
     assert saved
-    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(saved)), f"asked for twice: {saved}"
+    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(saved)), (
+        f"a save was asked for twice: {saved}"
+    )
     train(2, tmp_path, *options)
     assert min(record["step"] for record in metrics(run) if record["attempt"] == 2) == saved[-1] + 1
     assert state_differences(undisturbed, run) == []

@@ -1,4 +1,4 @@
-"""Logs that are closed, full, or read by nobody any more: the run goes on, and its files tell how it ended."""
+"""A run goes on when its log is closed, full or a pipe without a reader, and its files say how it ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SINKS = [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", BOTH_FULL, 
 
 @contextmanager
 def started(command: Sequence[str], sink: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The command, with its output redirected as a shell would do it, or into a pipe whose reader has gone."""
+    """The command, running inside the `with`. A shell redirects its output, or it writes to a pipe without a reader."""
     reading, writing = os.pipe()
     os.close(reading)
     redirection = f">&{writing} 2>&{writing}" if sink == NO_READER else sink
@@ -59,10 +59,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def holds(run: Path, undisturbed: Path) -> None:
-    """It finished, with the same bits, and its journal holds lines of the journal alone."""
+    """Assert that the run finished with the same bits, and that metrics.jsonl holds nothing but its own lines."""
     assert status(run)["state"] == "finished"
     assert [record["step"] for record in metrics(run)] == list(range(1, 13))
-    assert len((run / "metrics.jsonl").read_bytes().splitlines()) == 12, "no word of a library among them"
+    assert len((run / "metrics.jsonl").read_bytes().splitlines()) == 12, "a library has written into metrics.jsonl"
     assert state_differences(undisturbed, run) == []
 
 
@@ -88,7 +88,7 @@ def test_its_loader_worker_and_its_shipper_go_on_without_a_log(tmp_path: Path, u
 def test_a_stop_signal_is_obeyed_without_a_log(sink: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(train_command(tmp_path, "train.max_steps=100000"), sink) as process:
-        wait_until(lambda: process.poll() is not None or len(metrics(run)) > 5, lambda: "it never began")
+        wait_until(lambda: process.poll() is not None or len(metrics(run)) > 5, lambda: "training did not begin")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
     assert (status(run)["state"], status(run)["reason"]) == ("preempted", "stopped by SIGTERM")
@@ -124,7 +124,7 @@ def test_the_start_script_finishes_without_a_log(sink: str, tmp_path: Path) -> N
 
 
 def test_answers_for_a_script_are_not_lost_in_silence(tmp_path: Path) -> None:
-    """`--where` is read by launchers: an empty answer with exit code 0 would send them to the wrong place."""
+    """Launchers read the answer to `--where`. If it was lost but the exit code 0, they would use a wrong directory."""
     assert ends_with([*train_command(tmp_path), "--where"], ">/dev/full") != 0
 
 

@@ -1,4 +1,4 @@
-"""Real full and read-only file systems under a run: what was saved stays, training goes on or stops with a reason."""
+"""Runs on real file systems that become full or read-only keep what was saved, and go on or say why they cannot."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mount(*arguments: str) -> bool:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MB; a checkpoint here takes 1."""
+    """A file system of 24 MB. A checkpoint of these tests takes 1 MB."""
     path = tmp_path / "disk"
     path.mkdir()
     if os.geteuid() != 0 or not mount("-t", "tmpfs", "-o", "size=24m", "none", str(path)):
@@ -46,7 +46,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """No byte is left."""
+    """Fill the file system until no byte is left; free the space again after the `with`."""
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         for size in (2**16, 2**10, 1):
@@ -58,7 +58,7 @@ def full(disk: Path) -> Iterator[None]:
 
 
 def wait_for_words(job: Job, words: str) -> None:
-    wait_until(lambda: words in job.output(), lambda: f"never said {words!r}\n{job.output()}")
+    wait_until(lambda: words in job.output(), lambda: f"the log does not say {words!r}\n{job.output()}")
 
 
 def test_a_full_disk_delays_saves_and_changes_nothing_in_what_is_learned(disk: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_full_disk_delays_saves_and_changes_nothing_in_what_is_learned(disk: P
         assert job.wait() == [0, 0], job.output()
         assert "was not saved" in job.output()
     assert state_differences(undisturbed, disk / "run") == []
-    assert [record["step"] for record in metrics(disk / "run")] == list(range(1, 401)), "lines were kept, and in order"
+    assert [record["step"] for record in metrics(disk / "run")] == list(range(1, 401)), "lines are lost or out of order"
     assert status(disk / "run")["state"] == "finished"
 
 
@@ -102,8 +102,8 @@ def test_checkpoints_on_a_read_only_file_system_end_the_run_with_that_reason(dis
         wait_for_step(job, run, 25, attempt=1)
         assert mount("--bind", checkpoints, checkpoints)
         try:
-            # Refused while a save has a file open there.
-            wait_until(lambda: mount("-o", "remount,bind,ro", checkpoints), lambda: "it stays writable")
+            # The kernel refuses this as long as a save has a file open there.
+            wait_until(lambda: mount("-o", "remount,bind,ro", checkpoints), lambda: "it could not be made read-only")
             assert job.wait(60) == [70], job.output()
         finally:
             subprocess.run(["umount", checkpoints], check=True, timeout=30)
@@ -115,7 +115,7 @@ def test_checkpoints_on_a_read_only_file_system_end_the_run_with_that_reason(dis
 
 
 def call_train_on_a_slow_disk(argv: Sequence[str]) -> int:
-    """Each save takes 7 s, far longer than ranks wait for each other here."""
+    """The train command, but each save takes 7 s, which is longer than the ranks wait for each other in this test."""
     from ddpm_dist.run.store import CheckpointStore
 
     verify = CheckpointStore.verify
@@ -137,4 +137,4 @@ def test_a_slow_disk_stalls_nobody_and_a_stop_signal_waits_for_its_save(tmp_path
     ended = status(run)
     assert (ended["state"], ended["step"]) == ("preempted", metrics(run)[-1]["step"])
     assert committed(run)[-1] == ended["step"]
-    assert len(committed(run)) <= 3, "saves were postponed while one was under way"
+    assert len(committed(run)) <= 3, "saves were not postponed while one was under way"

@@ -1,4 +1,4 @@
-"""The long campaign: `make torture` (over an hour on two cores). Prints a table; exit code 1 if a bar was missed.
+"""The long campaigns of `make torture`, over an hour on two cores. Prints a table; exits with 1 if one has failed.
 
 PYTHONPATH=tests:tests/slurm python tests/faults/torture.py [--kills 200] [--seed N] [--only NAME]
 """
@@ -41,7 +41,7 @@ def kills(root: Path, count: int, seed: int) -> str:
     undisturbed = train(2, root, *RUN, f"train.max_steps={steps}", name="undisturbed", timeout=1800)
     outcome = random_kills(root, undisturbed, seed, count, steps)
     assert outcome.differences == [], outcome.differences[:5]
-    assert outcome.resumed[-1] >= 10, "it started over and over"
+    assert outcome.resumed[-1] >= 10, "the attempts started at step 0 again and again"
     return (
         f"{outcome.kills} SIGKILLs (job or one rank), {outcome.attempts} attempts, {steps} steps: bitwise equal; "
         f"{len(set(outcome.resumed))} different checkpoints resumed, "
@@ -53,9 +53,9 @@ def all_crash_points(root: Path, count: int, seed: int) -> str:
     undisturbed = train(1, root, "checkpoint.every=3", "train.max_steps=8", name="undisturbed")
     numbers = list(range(1, 400))
     wrong = crash_points(root, undisturbed, numbers, steps=8)
-    points = len(list(root.glob("point-*.log"))) - 1  # at the last number the run had no change left to die before
+    points = len(list(root.glob("point-*.log"))) - 1  # the run with the last number makes fewer changes than that
     assert wrong == [], wrong[:5]
-    return f"killed before each of its {points} changes of the disk: all come back, bitwise equal, nothing left over"
+    return f"killed before each of its {points} changes of the disk: all resumed, bitwise equal, no file left over"
 
 
 def damage_at_the_loader(root: Path, count: int, seed: int) -> str:
@@ -85,11 +85,11 @@ def damage_end_to_end(root: Path, count: int, seed: int) -> str:
             damage(newest_checkpoint(run), draw)
             train(2, root, *RUN, "train.max_steps=55", name=name)
             assert state_differences(undisturbed, run) == [], name
-    return "5 of each kind between two attempts: fallen back, bitwise equal"
+    return "5 of each kind between two attempts: all resumed the checkpoint before, bitwise equal"
 
 
 def signals_in_saves(root: Path, count: int, seed: int) -> str:
-    """Stop signals, one to three, to any rank, with a save under way at nearly every step."""
+    """Send one to three stop signals to any rank, again and again, in a run that saves at nearly every step."""
     import signal
 
     draw, options = random.Random(seed), ("checkpoint.every=1", "train.log_every=1", "train.max_steps=1500")
@@ -119,7 +119,7 @@ def signals_in_saves(root: Path, count: int, seed: int) -> str:
 
 
 def launcher_kills(root: Path, count: int, seed: int) -> str:
-    """The real torchrun, killed with -9: its workers must be gone within 5 s, and the run go on."""
+    """Send SIGKILL to the real torchrun. Its workers must end within 5 s, and the next attempt must go on."""
     options = (*RUN, "train.max_steps=4000")
     undisturbed = train(2, root, *options, name="undisturbed", timeout=900)
     run, draw, slowest_end, slowest_return = root / "run", random.Random(seed), 0.0, 0.0
@@ -144,16 +144,16 @@ def launcher_kills(root: Path, count: int, seed: int) -> str:
             killed = time.monotonic()
             agent.wait(30)
             while any(worker.exists() for worker in workers):
-                assert time.monotonic() - killed < 30, "workers outlive their launcher"
+                assert time.monotonic() - killed < 30, "some worker still runs 30 s after its launcher was killed"
                 time.sleep(0.02)
             slowest_end = max(slowest_end, time.monotonic() - killed)
         finally:
             agent.kill()
             agent.wait(30)
     assert state_differences(undisturbed, run) == []
-    assert slowest_end < 5, f"workers lived on for {slowest_end:.1f} s"
+    assert slowest_end < 5, f"some worker ran on for {slowest_end:.1f} s"
     return (
-        f"10 launchers killed: bitwise equal; last worker gone after {slowest_end:.1f} s at worst, "
+        f"10 launchers killed: bitwise equal; last worker ended after {slowest_end:.1f} s at worst, "
         f"start of torchrun to first new step {slowest_return:.1f} s at worst"
     )
 
@@ -168,13 +168,13 @@ def layouts(root: Path, count: int, seed: int) -> str:
 
 
 def moves(root: Path, count: int, seed: int) -> str:
-    """Random kills, and after each another number of ranks."""
+    """Kill a run at random instants, and give each attempt another number of ranks."""
     options = (*RUN, "elastic.mode=bitwise", "elastic.shards=8", "data.batch_size=16", "model.dropout=0.1")
     steps, draw, run = 1500, random.Random(seed), root / "run"
     world_sizes: list[int] = []
     undisturbed = train(1, root, *options, f"train.max_steps={steps}", name="undisturbed", timeout=600)
     while status_of(run).get("state") != "finished":
-        assert len(world_sizes) < 40, "no end in sight"
+        assert len(world_sizes) < 40, "not finished after 40 attempts"
         world_sizes.append(draw.choice([1, 2, 4, 8]))
         function = call_train_hastily
         with start(world_sizes[-1], root, *options, f"train.max_steps={steps}", function=function) as job:

@@ -27,7 +27,10 @@ LINES, ATTEMPTS = 17_000, 4  # six metrics a line
 
 
 def train(directory: RunDirectory, attempt: int) -> None:
-    """A trainer as far as tracking sees it: a quarter of the lines, the first hundred again after a kill."""
+    """Write a quarter of the lines, as a trainer does.
+
+    It begins with the last hundred lines of the attempt before, as after a kill.
+    """
     write_status(directory.path, "running", 0, attempt)
     journal, shipper = Journal(directory.metrics_file), ShipperProcess.start(directory.path)
     first = max(1, (attempt - 1) * LINES // ATTEMPTS - 100)
@@ -45,7 +48,7 @@ def train(directory: RunDirectory, attempt: int) -> None:
 
 
 def campaign(root: Path, seed: int, http_server: bool) -> str:
-    """Kills 10 shippers, 3 servers (if there is one) and 3 trainers; then compares what MLflow has."""
+    """Kill 10 shippers, 3 trainers and, if there is a server, that 3 times. Then compare what MLflow has."""
     draw, port, killed = random.Random(seed), free_port(), {"shipper": 0, "server": 0, "trainer": 0}
     uri = f"http://127.0.0.1:{port}" if http_server else f"sqlite:///{root}/mlflow.db"
     config = load_config(
@@ -80,7 +83,7 @@ def campaign(root: Path, seed: int, http_server: bool) -> str:
 
 
 def deliver(directory: RunDirectory, port: int | None) -> None:
-    """As a person would: `sync`, until it says delivered."""
+    """Call `ddpm_dist.sync` until it succeeds, as a user would."""
     deadline = time.monotonic() + 300
     while True:
         if port is None or answers(port):
@@ -93,6 +96,7 @@ def deliver(directory: RunDirectory, port: int | None) -> None:
 
 
 def compare(directory: RunDirectory, uri: str) -> str:
+    """Assert that MLflow has each point exactly once, with its value. Returns the figures."""
     from mlflow import MlflowClient
 
     written: dict[int, dict[str, float]] = {}
@@ -108,7 +112,7 @@ def compare(directory: RunDirectory, uri: str) -> str:
         steps = {step for step, _ in stored}
         lost += len(written.keys() - steps)
         doubled += len(stored) - len(steps)
-        # Of a step that was trained twice, MLflow has the line that came first.
+        # If a step was trained twice, MLflow has the line that was written first.
         other += sum(written[step][name] != value for step, value in stored if step in written)
         total += len(stored)
     assert (lost, doubled, other) == (0, 0, 0), f"{lost} lost, {doubled} doubled, {other} with another value"
