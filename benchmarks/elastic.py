@@ -52,6 +52,7 @@ def measure(argv: Sequence[str]) -> int:
         torch.randint(0, 256, (per_rank, 1, 28, 28), dtype=torch.uint8),
         torch.randint(0, 1000, (per_rank,)),
         torch.randn(per_rank, 1, 28, 28),
+        {},
     )
     taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for round_number in range(-3, rounds):  # the first three warm up

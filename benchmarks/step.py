@@ -32,6 +32,7 @@ def synthetic_batch(size: int) -> Batch:
         torch.randint(0, 256, (size, 1, 28, 28), dtype=torch.uint8),
         torch.randint(0, 1000, (size,)),
         torch.randn(size, 1, 28, 28),
+        {},
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import call_train, final_state, metrics, state_differences, train
+from harness import call_train, final_state, metrics, start, state_differences, train
 from torch import Tensor, nn
 
 from ddpm_dist import build, loading, sample
@@ -203,6 +203,9 @@ def test_conditioning_in_a_batch(tmp_path: Path) -> None:
     state = final_state(runs[0])
     assert state["contract"]["num_classes"] == 2
     assert state["model"]["bias.weight"].shape == (2, 1)
+    with start(1, tmp_path, *options, "train.max_steps=8", name="w1", function=with_labelled_net) as job:
+        assert job.wait() == [65]
+        assert "num_classes: 2 -> 0" in job.output()
     odd_without_even = state["model"]["bias.weight"][1] - state["model"]["bias.weight"][0]
     unlabelled = final_state(train(1, tmp_path, *options, function=with_labelled_net))
     assert unlabelled["model"]["bias.weight"].shape == (1, 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ class Batch(NamedTuple):
     images: Tensor
     t: Tensor
     noise: Tensor
-    cond: Mapping[str, Tensor] = MappingProxyType({})
+    cond: Mapping[str, Tensor]
 
     def parts(self, number: int) -> list[Batch]:
         """This many consecutive parts of equal size, for instance the micro-batches of a step.

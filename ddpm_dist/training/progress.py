@@ -15,23 +15,22 @@ class Progress:
     """Shows how far the run is and how fast: on a terminal all the time, in a log file every LINE_SECONDS.
 
     Args:
-        enabled: False shows nothing.
         start: the step at which this attempt starts.
         target: the step at which the run is finished.
     """
 
-    def __init__(self, enabled: bool, start: int, target: int) -> None:
-        self._enabled, self._target = enabled, target
+    def __init__(self, start: int, target: int) -> None:
+        self._target = target
         self._start, self._started, self._last_line = start, time.monotonic(), 0.0
         self._bar = None
-        if enabled and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self._bar = tqdm(initial=start, total=target, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text)
-        elif self._enabled:
+        else:
             print(text, flush=True)
 
     def update(self, record: dict[str, Any]) -> None:

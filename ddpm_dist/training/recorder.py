@@ -153,7 +153,7 @@ def rank_zero_recorder(
         point: where this attempt starts.
         contract: what binds every attempt; each checkpoint's manifest repeats it, with what is added to it later.
     """
-    progress = Progress(True, point.step, attempt.target)
+    progress = Progress(point.step, attempt.target)
     journal = Journal(attempt.directory.metrics_file, attempt.check)
     saver = Saver(store, config.checkpoint, journal.sync, attempt.committed, progress.say, attempt.saved_step)
     progress.say(to_yaml(config).rstrip())
