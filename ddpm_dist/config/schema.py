@@ -44,7 +44,7 @@ class RunConfig:
     """Which run this is, and the seed of everything in it that is random."""
 
     name: str = key("mnist", "name of the run, and of its directory below run.root", free=True)
-    root: str = key("runs", "where run directories live", free=True)
+    root: str = key("runs", "the folder of all run directories", free=True)
     seed: int = key(0, "fixes weights, data order, timesteps and noise", minimum=0)
 
 
@@ -102,7 +102,7 @@ class DiffusionConfig:
 class LossConfig:
     """The training loss."""
 
-    weighting: str = key("simple", "of the timesteps; simple: all alike", named=True)
+    weighting: str = key("simple", "how much each timestep counts; simple: all the same", named=True)
     timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 
@@ -122,7 +122,7 @@ class OptimConfig:
 class EmaConfig:
     """The moving average of the weights."""
 
-    decay: float = key(0.9999, "decay of the weights' moving average, warmed up", minimum=0.0, below=1.0)
+    decay: float = key(0.9999, "decay of the moving average of the weights; less at first", minimum=0.0, below=1.0)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TrainConfig:
     micro_batch_size: int | None = key(
         None, "images per forward on one rank, to save memory (null: all of this rank's)", minimum=1, free=True
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "autocast type (auto: bf16 where fast)")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "autocast type (auto: bf16 if fast)")
     matmul_precision: Literal["highest", "high", "medium"] = key(
         "highest", "float32 matrix products and convolutions; high and medium allow TF32 on CUDA"
     )
@@ -165,7 +165,7 @@ class PreviewConfig:
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
     sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
     steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
-    seed: int = key(0, "seed of the grids; training noise is untouched by them", minimum=0, free=True)
+    seed: int = key(0, "seed of the grids; training draws none of its noise from it", minimum=0, free=True)
 
 
 @dataclass(frozen=True)

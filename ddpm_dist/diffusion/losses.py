@@ -74,6 +74,7 @@ class SimpleLoss(DenoisingLoss):
         return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
 
     def mean(self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """The mean over images and pixels, float32 scalar."""
         # One kernel for all images. The mean of the images' means would round differently unless the batch size is a
         # power of two, and runs that began with this kernel must go on with it to end with the same bits.
         return F.mse_loss(*self.output_and_target(network, x_start, t, noise, cond))

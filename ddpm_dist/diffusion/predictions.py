@@ -47,9 +47,11 @@ class EpsPrediction:
         self._process = process
 
     def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise itself."""
         return noise
 
     def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 by eq. 4, solved for x_0; ε is the output."""
         return self._process.predict_start_from_eps(x_t, t, output), output
 
 

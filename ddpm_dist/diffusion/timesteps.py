@@ -30,6 +30,7 @@ class UniformTimesteps:
         self._num_timesteps = num_timesteps
 
     def draw(self, generator: torch.Generator, n: int) -> Tensor:
+        """Draw the timesteps of n images: int64 [n] in [0, T-1]."""
         return torch.randint(0, self._num_timesteps, (n,), generator=generator)
 
 

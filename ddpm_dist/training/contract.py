@@ -27,7 +27,7 @@ _WORDS = {
     "device": "kind of device",
     "torch": "version of torch",
     "arithmetic": "arithmetic of ddpm_dist",
-    "canary": "gradient of a test batch (this machine rounds otherwise)",
+    "canary": "gradient of a test batch (this machine rounds differently)",
 }
 
 
@@ -101,8 +101,8 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
     def refuse() -> None:
         if found and elastic.fails_on_mismatch:
             raise ConfigError(
-                f"this run cannot go on here to the bit: {'; '.join(found)} "
-                "(elastic.on_mismatch=warn goes on all the same)"
+                f"on this machine the run cannot go on with the same bits: {'; '.join(found)} "
+                "(set elastic.on_mismatch=warn to go on all the same)"
             )
 
     ranks.all_succeed(refuse)
@@ -114,7 +114,7 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
     changed = "; ".join(found) or "see those machines"
     contract["deviations"] = [*contract.get("deviations", []), f"from step {step} on{where}: {changed}"]
     contract.update({name: value for name, value in now.items() if name in contract or name == "arithmetic"})
-    return f"warning: from here on results may be rounded otherwise{where}: {changed}"
+    return f"warning: from here on results may be rounded differently{where}: {changed}"
 
 
 def numerics_of(contract: Mapping[str, Any]) -> Numerics:

@@ -88,6 +88,7 @@ class RankZeroRecorder:
         self._journal_fails = self._asked_to_save = False
 
     def say(self, text: str) -> None:
+        """Print a line for a person."""
         self._progress.say(text)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -100,7 +101,7 @@ class RankZeroRecorder:
             self._journal_fails = False
         except OSError as error:
             if not self._journal_fails:
-                self.say(f"warning: {error.filename}: {error.strerror}; it is tried again")
+                self.say(f"warning: {error.filename}: {error.strerror}; its lines are kept and written later")
             self._journal_fails = True
         self._progress.update(record)
         for shipper in self._shippers:

@@ -178,7 +178,7 @@ def settle_contract(
     if old["decay_steps"] != decay_steps:
         raise ConfigError(
             f"the cosine of this run ends at step {old['decay_steps']}, and a target of {target} steps "
-            f"would move it to {decay_steps}: learning rates already used would have been others; "
+            f"would move it to {decay_steps}, which would change learning rates that were already used; "
             "only a run that was started with a fixed optim.decay_steps can be prolonged"
         )
     return dict(old)

@@ -104,7 +104,7 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     point, saved = find_resume_point(config, ranks, attempt, store)
     if point.finished:
         if ranks.is_zero:
-            print(f"{attempt.directory.path} is finished: step {point.step} reached its target; nothing to do")
+            print(f"{attempt.directory.path} is finished at step {point.step}: there is nothing to do")
         return Ending(ExitCode.FINISHED)
     images = _load_images(config, ranks, saved)
     attempt.target = config.target(len(images))

@@ -111,6 +111,7 @@ class Log:
         self._context, self._train = context, context.config.train
 
     def due(self, step: int) -> bool:
+        """Every train.log_every steps, and at the target."""
         return step % self._train.log_every == 0 or step == self._context.attempt.target
 
     def run(self) -> None:
@@ -140,8 +141,8 @@ class Log:
             trainer.ranks.fail_together(
                 Diverged(
                     f"step {step}: the gradients of {means.most_in_a_row} steps in a row were NaN or inf "
-                    f"(train.max_skipped={self._train.max_skipped}); lower optim.lr or set optim.grad_clip, "
-                    "in another run.name"
+                    f"(train.max_skipped={self._train.max_skipped}); start another run, under another run.name, with a "
+                    "lower optim.lr or with optim.grad_clip"
                 )
             )
 
@@ -155,6 +156,7 @@ class CheckDrift:
         self._every, self._trainer = context.config.train.check_drift_every, context.trainer
 
     def due(self, step: int) -> bool:
+        """Every train.check_drift_every steps; never if that is null."""
         return self._every is not None and step % self._every == 0
 
     def run(self) -> None:
@@ -172,8 +174,8 @@ class CheckDrift:
         if drifted:  # the same list on every rank
             trainer.ranks.fail_together(
                 Diverged(
-                    f"step {trainer.step}: the weights of rank(s) {', '.join(drifted)} are no longer rank 0's: some "
-                    "machine computes wrongly; go on without it, from an older checkpoint"
+                    f"step {trainer.step}: the weights of rank(s) {', '.join(drifted)} are no longer rank 0's, so "
+                    "some machine computes wrongly; leave that machine out, and go on from an older checkpoint"
                 )
             )
 
@@ -187,9 +189,11 @@ class Save:
         self._context, self._config = context, to_flat(context.config)
 
     def due(self, step: int) -> bool:
+        """Every checkpoint.every steps, and at the target."""
         return step % self._context.config.checkpoint.every == 0 or step == self._context.attempt.target
 
     def run(self) -> None:
+        """Save while training goes on, or at the target until the checkpoint is committed."""
         if self._context.trainer.step == self._context.attempt.target:
             self.run_and_wait()
         else:
@@ -226,10 +230,12 @@ class Preview:
         self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip)
 
     def due(self, step: int) -> bool:
+        """Every preview.every steps, and at the target; never without preview.num_images."""
         periodic = bool(self._preview.every and step and step % self._preview.every == 0)
         return bool(self._preview.num_images) and (periodic or step == self._context.attempt.target)
 
     def run(self) -> None:
+        """Draw the grid, unless an earlier attempt has drawn it. Raises StopRequested if a stop signal came."""
         trainer, attempt = self._context.trainer, self._context.attempt
         path = attempt.directory.samples / f"step-{trainer.step:08d}.png"
         with self._context.clock.paused():

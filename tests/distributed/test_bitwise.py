@@ -158,7 +158,7 @@ def test_a_resume_that_would_round_otherwise_is_refused_key_by_key(tmp_path: Pat
     assert committed(tmp_path / "run") == [2], "nothing was trained"
     with start(1, tmp_path, *BITWISE, "train.max_steps=4", "train.threads=2", "elastic.on_mismatch=warn") as job:
         assert job.wait() == [0]
-        assert "warning: from here on results may be rounded otherwise: train.threads: 1 -> 2" in job.output()
+        assert "warning: from here on results may be rounded differently: train.threads: 1 -> 2" in job.output()
     contract = final_state(tmp_path / "run")["contract"]
     assert contract["threads"] == 2, "the contract did not take the new value"
     assert len(contract["deviations"]) == 1
@@ -177,7 +177,7 @@ def test_a_machine_that_rounds_otherwise_than_the_one_before_is_refused(tmp_path
     store.save(dataclasses.replace(saved, contract=saved.contract | {"canary": "0123456789abcdef"}), {})
     with start(2, tmp_path, *BITWISE, "train.max_steps=4") as job:
         assert job.wait() == [78, 78], job.output()
-        assert "this machine rounds otherwise" in job.output()
+        assert "this machine rounds differently" in job.output()
     assert committed(run) == [2], "nothing was trained"
 
 
@@ -198,7 +198,7 @@ def test_ranks_that_differ_are_named(tmp_path: Path) -> None:
         assert "seen by rank 1" in job.output()
     with start(2, tmp_path, "train.max_steps=2", name="stream", function=another_torch_on_rank_1) as job:
         assert job.wait() == [0, 0]
-        assert "rounded otherwise (on rank 1)" in job.output()
+        assert "rounded differently (on rank 1)" in job.output()
 
 
 @pytest.mark.slow
