@@ -19,7 +19,7 @@ def digests(checkpoint: Checkpoint) -> dict[str, str]:
     """
     parts = {
         "weights": checkpoint.model,
-        "ema": checkpoint.ema,
+        "ema": [checkpoint.ema, checkpoint.averages],
         "optimizer": checkpoint.optimizer,
         "scaler": [checkpoint.step, checkpoint.scaler],
     }

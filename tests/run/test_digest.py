@@ -67,6 +67,12 @@ def test_the_step_counts(checkpoint: Checkpoint) -> None:
     assert digests(changed) != digests(checkpoint)
 
 
+def test_further_averages_count_as_the_first_one_does(checkpoint: Checkpoint) -> None:
+    changed = dataclasses.replace(checkpoint, averages={"slow": checkpoint.ema})
+    assert digests(changed) == digests(checkpoint) | {"ema": digests(changed)["ema"]}
+    assert digests(changed)["ema"] != digests(checkpoint)["ema"]
+
+
 def test_memory_layout_and_order_of_keys_do_not_count(checkpoint: Checkpoint) -> None:
     model = {
         name: value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
@@ -84,4 +90,4 @@ def test_every_field_that_training_goes_on_from_is_in_it() -> None:
         "config": "compared key by key",
         "contract": "compared key by key",
     }
-    assert {*PARTS.values(), "step", *outside} == set(Checkpoint.__dataclass_fields__)
+    assert {*PARTS.values(), "averages", "step", *outside} == set(Checkpoint.__dataclass_fields__)
