@@ -49,7 +49,8 @@ def test_one_state_on_1_2_4_and_8_ranks(tmp_path: Path, layout: dict[str, str]) 
         assert untimed(run) == untimed(runs[0]), "the metrics depend on the number of ranks"
 
 
-@pytest.mark.parametrize("shards", [12, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shards", [12, 24])
+@pytest.mark.slow
 def test_shards_need_not_be_a_power_of_two(tmp_path: Path, shards: int) -> None:
     options = (*BITWISE, f"elastic.shards={shards}", "data.batch_size=24", "train.max_steps=5", "train.precision=fp16")
     one, *others = (train(size, tmp_path, *options, name=f"w{size}") for size in (1, 2, 4))

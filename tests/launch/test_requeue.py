@@ -285,6 +285,7 @@ def test_the_bounds_hold_over_successors(job: Job) -> None:
     assert job.submitted() == "7 \n" * 2
 
 
+@pytest.mark.slow
 def test_it_waits_for_a_controller_that_is_away(job: Job) -> None:
     job.status(state="preempted", exit_code=75, saved_step=3)
     away = f'[ "$1" = show ] && [ ! -e {job.root}/back ] && {{ touch {job.root}/back; exit 1; }}'

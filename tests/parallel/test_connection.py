@@ -98,6 +98,7 @@ def leave_without_rank_one() -> int:
     return 0 if 1.5 < time.monotonic() - begin < 15 else 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_leave_is_not_waited_for_longer_than_the_timeout(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, 2, leave_without_rank_one) == [0, 0]
 

@@ -26,6 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_ranks_whose_heartbeat_stands_still_are_named() -> None:
     store = HashStore()
     dogs = [Watchdog(store, rank, 4, 60.0, never) for rank in (0, 1)]

@@ -142,6 +142,7 @@ def test_a_dead_process_of_this_machine_is_succeeded_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("changed", [{"host": "node7"}, {"boot": "another"}, {"pid_namespace": "pid:[1]"}])
+@pytest.mark.slow
 def test_a_holder_elsewhere_is_waited_for_by_our_own_clock(tmp_path: Path, changed: dict[str, str]) -> None:
     """Its pid says nothing on this machine, and its clock may be years off."""
     with held(tmp_path):
@@ -173,6 +174,7 @@ def test_a_claim_that_a_power_failure_garbled_is_succeeded(tmp_path: Path, conte
         assert lease.number == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_holder_is_taken_over_and_notices_when_it_wakes_up(tmp_path: Path) -> None:
     attempts, result = tmp_path / "attempts", tmp_path / "result"
     with process(try_to_claim, attempts, result, 4) as holder:

@@ -152,6 +152,7 @@ def client_of(root: Path) -> Any:
     return MlflowClient(f"sqlite:///{root}/mlflow.db")
 
 
+@pytest.mark.slow
 def test_dataset_follows_with_the_first_checkpoint_and_only_once(root: Path) -> None:
     directory = make_run(root, "dataset", state="running")
     Shipper(directory).ship("running")

@@ -106,6 +106,7 @@ def local(): os.write(pipe, b"-")
         "killed",
     ],
 )
+@pytest.mark.slow
 def test_trainer_waits_while_mlflow_answers_and_no_longer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
