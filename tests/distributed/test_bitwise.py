@@ -254,6 +254,7 @@ def on_a_processor_without_bf16(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+@pytest.mark.slow
 def test_what_auto_meant_at_step_0_holds_on_another_processor(tmp_path: Path) -> None:
     options = ("train.precision=auto", "train.channels_last=auto", "model.dropout=0.1")
     undisturbed = train(1, tmp_path, *options, "train.max_steps=6", name="one", function=on_a_processor_with_bf16)

@@ -61,7 +61,7 @@ def kill_and_resume(
     return run
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_run_killed_three_times_ends_with_the_same_bits(tmp_path: Path, world_size: int, precision: str) -> None:
     overrides = (*HARD, f"train.precision={precision}")

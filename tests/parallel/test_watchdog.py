@@ -149,6 +149,7 @@ def stopped() -> int:
         (stopped, "of a stop signal; silent: rank 1"),
     ],
 )
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_and_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], function: Callable[[], int], said: str
 ) -> None:

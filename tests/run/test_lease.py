@@ -168,6 +168,7 @@ def test_a_pid_that_was_given_to_another_process_does_not_keep_the_dead_alive(tm
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\x00" * 64])
+@pytest.mark.slow
 def test_a_claim_that_a_power_failure_garbled_is_succeeded(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "00001.json").write_bytes(content)
     with held(tmp_path) as lease:
