@@ -124,9 +124,9 @@ def test_images_are_those_of_the_newest_readable_manifest(tmp_path: Path) -> Non
     write_manifest(directory, 40, json.dumps({"contract": {"seed": 0}}))
     assert dataset_of(config, directory, {}) is None
     write_manifest(directory, 20, json.dumps({"contract": CONTRACT}))
-    found = dataset_of(config, directory, {"working_directory": "/work"})
+    found = dataset_of(config, directory, {"working_directory": "/srv/project"})
     assert found is not None
-    assert (found.name, found.digest, found.source) == ("mnist5k", CONTRACT["images"], "/work/images")
+    assert (found.name, found.digest, found.source) == ("mnist5k", CONTRACT["images"], "/srv/project/images")
     assert found.profile == {"num_rows": 5000, "image_shape": [1, 28, 28], "num_elements": 5000 * 28 * 28}
 
 
