@@ -22,6 +22,9 @@ from ddpm_dist.training.precision import Numerics, resolve
 ARITHMETIC = 1
 """Raise this by one in each version of ddpm_dist that computes other bits from the same config."""
 
+LATER_TERMS = {"arithmetic": 1, "num_classes": 0}
+"""Terms that contracts of the first version lack, with the values that they have for those runs."""
+
 _WORDS = {
     "threads": "train.threads",
     "device": "kind of device",
@@ -66,7 +69,6 @@ def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
     A circumstance that the contract does not mention, as an older version wrote it, is no mismatch.
     """
-    contract = {"arithmetic": 1, **contract}  # runs that began before this number was kept have arithmetic 1
     return [
         f"{_WORDS[name]}: {contract[name]} -> {value}"
         for name, value in now.items()
@@ -113,7 +115,7 @@ def hold_to_contract(contract: dict[str, Any], canary: str, ranks: Ranks, config
     where = f" (on rank {', '.join(['0'] * bool(ours) + who)})" if who else ""
     changed = "; ".join(found) or "see those machines"
     contract["deviations"] = [*contract.get("deviations", []), f"from step {step} on{where}: {changed}"]
-    contract.update({name: value for name, value in now.items() if name in contract or name == "arithmetic"})
+    contract.update({name: value for name, value in now.items() if name in contract})
     return f"warning: from here on results may be rounded differently{where}: {changed}"
 
 
@@ -141,7 +143,6 @@ def check_images(images: Images, contract: Mapping[str, Any], root: str) -> None
     Raises:
         DataError: they are not; the message says which fact differs.
     """
-    contract = {"num_classes": 0, **contract}  # of runs that began before the number was kept
     for name, value in facts_of(images).items():
         if contract[name] != value:
             raise DataError(

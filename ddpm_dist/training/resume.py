@@ -20,7 +20,7 @@ from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.address import choose_uri
-from ddpm_dist.training.contract import new_contract
+from ddpm_dist.training.contract import LATER_TERMS, new_contract
 
 
 @dataclass(frozen=True)
@@ -181,4 +181,4 @@ def settle_contract(
             f"would move it to {decay_steps}, which would change learning rates that were already used; "
             "only a run that was started with a fixed optim.decay_steps can be prolonged"
         )
-    return dict(old)
+    return {**LATER_TERMS, **old}
