@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch launch/*.sh) .ci/run
 
-.PHONY: help install train test test-quick torture mutants check bench clean
+.PHONY: help install train test test-quick torture mutants check docs bench clean
 
 help: ## this list (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,9 @@ check: install ## ruff, mypy and shellcheck
 	$(BIN)/mypy
 	$(BIN)/mypy tests/slurm/conftest.py
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+
+docs: install ## write the tables of docs/configuration.md anew, after a change of the config's keys
+	PYTHONPATH=. $(BIN)/python docs/configuration.py
 
 bench: install ## the side-by-side measurements of benchmarks/
 	$(BIN)/python -m benchmarks.step
