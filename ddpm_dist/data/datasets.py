@@ -93,8 +93,7 @@ def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor:
     channels = None if image_shape is None else image_shape[0]
     if data.channels != "auto":
         channels = int(data.channels)
-    with _errors_of_the_file_system(data):
-        images = DATASETS[data.name].load(data, channels)
+    images = read(data, channels)
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "
@@ -107,6 +106,20 @@ def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor:
             f"the network needs height and width to be multiples of {divisor}"
         )
     return images
+
+
+def read(data: DataConfig, channels: int | None = None) -> Images:
+    """The training images that a section `data` of the config describes, be they enough to train on or not.
+
+    Args:
+        data: the section.
+        channels: 1 or 3 to convert them; None leaves them as they are.
+
+    Raises:
+        DataError: names the file that is missing, truncated or not an image.
+    """
+    with _errors_of_the_file_system(data):
+        return DATASETS[data.name].load(data, channels)
 
 
 @contextlib.contextmanager

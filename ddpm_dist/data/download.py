@@ -26,7 +26,11 @@ def download_once(name: str, root: Path) -> None:
     """
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    kind, folder = {
+        "mnist": (datasets.MNIST, "MNIST"),
+        "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
+        "cifar10": (datasets.CIFAR10, datasets.CIFAR10.base_folder),
+    }[name]
     try:
         root.mkdir(parents=True, exist_ok=True)
         private = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
@@ -41,7 +45,9 @@ def download_once(name: str, root: Path) -> None:
     except (RuntimeError, OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"data.name={name}: download into {root} failed ({reason}); put the files there, or set data.root"
+            f"data.name={name}: download into {root} failed ({reason}); without a network here, run "
+            f"`python -m ddpm_dist.fetch {name}` on a machine that has one and copy its folder data/{folder} to "
+            f"{root.absolute() / folder}, or set data.root to a folder that holds {folder}"
         ) from None
     finally:
         shutil.rmtree(private, ignore_errors=True)

