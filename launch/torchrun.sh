@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The right torchrun flags in one place: launch/torchrun.sh [ARGUMENTS OF ddpm_dist.train]
-# One rank per GPU; without GPUs one per core, at most 4. NPROC=n says otherwise. PYTHON=... picks the interpreter.
+# Trains with several ranks on this machine; launch/torchrun.sh --help says how. This script finds out how many ranks
+# there are to be; launch/torchrun.py starts torchrun with the right flags, and ends as the run ended.
 set -euo pipefail
 
 # torchrun's agent would hand a closed descriptor to the first file or socket that it opens, and the ranks inherit it.
@@ -26,8 +26,7 @@ fi
 
 # torchrun would set this variable and warn of it; the trainer sets its own thread count (train.threads).
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# The agent passes the signals of a scheduler on to the workers, and leaves them so many seconds to save.
+# The ranks get the signals of a scheduler too, and have so many seconds to save.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}
-# --standalone finds a free port, so that two runs on one machine do not clash.
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -m ddpm_dist.train "$@"
+exec "$python" "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/torchrun.py" "$NPROC" "$0" "$@"
