@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
+# Files that say what is installed. They are made last, so that a failed or interrupted installation goes on next time.
+CAN_TRAIN := $(VENV)/can-train
+CAN_TEST := $(VENV)/can-test
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable
+IS_NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch launch/*.sh) .ci/run
 
 .PHONY: help install train test test-quick torture mutants check docs bench clean
@@ -11,15 +15,23 @@ help: ## this list (the default)
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo "ARGS='...' hands options on: make train ARGS=train.max_steps=100, make test ARGS='-k resume'"
 
-install: $(STAMP) ## make .venv with all that training and the tests need
+install: $(CAN_TEST) ## make .venv with all that training and the tests need
 
 # Tested versions are in constraints.txt; pyproject.toml says which others should do.
-$(STAMP): pyproject.toml constraints.txt
+$(CAN_TRAIN): pyproject.toml constraints.txt
+	$(if $(IS_NEW_ENOUGH),,$(error `$(PYTHON)` is not Python 3.11 or newer; name one that is: make PYTHON=python3.12))
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[quickstart,slurm,test]'
+	@echo 'installing what training needs into $(VENV) (PyTorch is large: some minutes)'
+	$(PIP_INSTALL) '.[quickstart]'
 	touch $@
 
-train: install ## train on this machine: configs/quickstart.yaml
+$(CAN_TEST): $(CAN_TRAIN)
+	$(PIP_INSTALL) '.[quickstart,slurm,test]'
+	touch $@
+
+# The last lines of a run that is stopped name the command that goes on.
+train: export DDPM_COMMAND := make train$(if $(ARGS), ARGS='$(ARGS)')
+train: $(CAN_TRAIN) ## train on this machine: configs/quickstart.yaml
 	PYTHON=$(BIN)/python launch/torchrun.sh --config configs/quickstart.yaml $(ARGS)
 
 test: check ## all checks and all tests, as CI runs them (half an hour on two cores)
