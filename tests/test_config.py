@@ -378,7 +378,7 @@ def test_a_missing_file_and_a_folder_are_refused_with_their_names(tmp_path: Path
     [
         (["data.batch_size=100"], ["data.batch_size=100", "elastic.shards=8", "96", "104"]),
         (["data.batch_size=3"], ["data.batch_size=3", "elastic.shards=8", "8"]),
-        (["data.image_size=32"], ["data.image_size=32", "data.name=folder"]),
+        (["data.image_size=30"], ["data.image_size=30", "multiple of 4", "28, 32"]),
         (["data.name=folder"], ["data.image_size", "data.name=folder", "4"]),
         (["data.name=folder", "data.image_size=30"], ["data.image_size=30", "4"]),
         (["model.channels=60"], ["model.channels=60", "8"]),
@@ -405,6 +405,7 @@ def test_keys_that_contradict_each_other_are_refused_by_name(overrides: list[str
         ["data.batch_size=8"],
         ["data.batch_size=3", "elastic.shards=3"],
         ["data.name=folder", "data.image_size=32"],
+        ["data.image_size=32"],
         ["model.channels=8", "model.time_embed_dim=4"],
         ["diffusion.beta_start=0.02"],
         ["preview.steps=1000"],

@@ -32,11 +32,12 @@ def check_together(config: Config) -> None:
             f"each forward is one shard, here of {data.batch_size // shards} images; set more elastic.shards"
             " for a smaller one"
         )
-    if data.name != "folder" and data.image_size is not None:
-        raise ConfigError(f"data.image_size={data.image_size}: only for data.name=folder; valid here: null")
-    if data.name == "folder" and (data.image_size is None or data.image_size % 4):
+    if data.name == "folder" and data.image_size is None:
+        raise ConfigError("data.image_size=null: data.name=folder needs a multiple of 4, like 64")
+    if data.image_size is not None and data.image_size % 4:
+        smaller = data.image_size // 4 * 4
         raise ConfigError(
-            f"data.image_size={data.image_size or 'null'}: data.name=folder needs a multiple of 4, like 64"
+            f"data.image_size={data.image_size}: must be a multiple of 4; valid nearby: {smaller}, {smaller + 4}"
         )
     if config.model.name == "unet" and config.model.channels % 8:
         raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")

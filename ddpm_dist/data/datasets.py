@@ -33,15 +33,15 @@ class DataSet:
 
 
 def _idx(data: DataConfig, channels: int | None) -> Images:
-    return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None], channels)
+    return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None], channels, data.image_size)
 
 
 def _cifar10(data: DataConfig, channels: int | None) -> Images:
-    return ImagesInMemory(read_cifar10(Path(data.root)), channels)
+    return ImagesInMemory(read_cifar10(Path(data.root)), channels, data.image_size)
 
 
 def _mnist5k(data: DataConfig, channels: int | None) -> Images:
-    return ImagesInMemory(read_mnist5k(), channels)
+    return ImagesInMemory(read_mnist5k(), channels, data.image_size)
 
 
 def _folder(data: DataConfig, channels: int | None) -> Images:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from ddpm_dist.data.images import Images
+from ddpm_dist.data.images import Images, as_square
 from ddpm_dist.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -60,13 +60,8 @@ class ImageFolder(Images):
         return torch.stack([self._read(self._files[index]) for index in indices])
 
     def _read(self, path: Path) -> Tensor:
-        from torchvision.transforms import functional
-
-        size = self.shape[1]
         with _errors_name(path), Image.open(path) as file:
-            small = functional.resize(_as_shown(file).convert(self._mode), [size], antialias=True)
-            pixels: Tensor = functional.pil_to_tensor(functional.center_crop(small, [size, size]))
-            return pixels
+            return as_square(_as_shown(file).convert(self._mode), self.shape[1])
 
 
 def _is_grey(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from PIL.Image import Image
 from torch import Tensor
 
 
@@ -30,3 +31,21 @@ class Images(Protocol):
     def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """What the network is conditioned on, by the names of its arguments, each [B, ...]; empty without labels."""
         return {}
+
+
+def as_square(image: Image, size: int) -> Tensor:
+    """Shrink or enlarge an image until its shorter side has `size` pixels, and cut out the middle.
+
+    Pillow computes in whole numbers, so that every machine gets the same pixels.
+
+    Args:
+        image: in Pillow's mode L (grey) or RGB.
+
+    Returns:
+        uint8 [C, size, size] in [0, 255].
+    """
+    from torchvision.transforms import functional
+
+    small = functional.resize(image, [size], antialias=True)
+    pixels: Tensor = functional.pil_to_tensor(functional.center_crop(small, [size, size]))
+    return pixels

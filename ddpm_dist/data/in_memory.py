@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ddpm_dist.data.images import Images
+from ddpm_dist.data.images import Images, as_square
 from ddpm_dist.errors import DataError
 
 CIFAR10_FOLDER = Path("cifar-10-batches-py")
@@ -25,11 +26,14 @@ class ImagesInMemory(Images):
     Args:
         array: uint8 [N, C, H, W] in [0, 255], C 1 (grey) or 3 (RGB).
         channels: convert them to 1 or 3 channels; None leaves them as they are.
+        size: resize and crop them to this height and width; None leaves them as they are.
     """
 
-    def __init__(self, array: npt.NDArray[np.uint8], channels: int | None = None) -> None:
+    def __init__(self, array: npt.NDArray[np.uint8], channels: int | None = None, size: int | None = None) -> None:
         if channels is not None and channels != array.shape[1]:
             array = _in_colour(array) if channels == 3 else _in_grey(array)
+        if size is not None and array.shape[2:] != (size, size):
+            array = _resized(array, size)
         self._array = array
         self.shape = (array.shape[1], array.shape[2], array.shape[3])
         digest = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
@@ -56,6 +60,14 @@ def _in_grey(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     for channel, weight in enumerate((19595, 38470, 7471)):  # 0.299, 0.587, 0.114 times 2**16
         luma += colours[:, channel : channel + 1] * np.uint32(weight)
     return (luma >> 16).astype(np.uint8)
+
+
+def _resized(array: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """[N, C, H, W] -> [N, C, size, size], a copy in memory."""
+    small = np.empty((*array.shape[:2], size, size), dtype=np.uint8)
+    for image, into in zip(array, small, strict=True):
+        into[:] = as_square(Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)), size).numpy()
+    return small
 
 
 def read_idx_images(path: Path) -> npt.NDArray[np.uint8]:

@@ -55,5 +55,24 @@ class EpsPrediction:
         return self._process.predict_start_from_eps(x_t, t, output), output
 
 
-PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {"eps": EpsPrediction}
+class VPrediction:
+    """The network predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512).
+
+    Near t = T - 1 the noise is nearly x_t itself, and says little about the image; v is nearly -x_0 there. So the
+    large shapes of an image are learned in fewer steps than from ε.
+    """
+
+    def __init__(self, process: GaussianDiffusion) -> None:
+        self._process = process
+
+    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v of this image and this noise."""
+        return self._process.predict_v(x_start, t, noise)
+
+    def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Both by the inverse of the rotation that makes (x_t, v) of (x_0, ε)."""
+        return self._process.predict_start_from_v(x_t, t, output), self._process.predict_eps_from_v(x_t, t, output)
+
+
+PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {"eps": EpsPrediction, "v": VPrediction}
 """The predictions by the name that diffusion.prediction gives them."""

@@ -93,6 +93,45 @@ class GaussianDiffusion:
         signal = _per_image(self.sqrt_alphas_cumprod, t, x_t) * x_start
         return (x_t - signal) / _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0  (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+
+        Args:
+            x_start, noise: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        signal = _per_image(self.sqrt_alphas_cumprod, t, x_start) * noise
+        return signal - _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x_0 = sqrt(ᾱ_t) x_t - sqrt(1 - ᾱ_t) v  (Salimans & Ho 2022, appendix D); not clipped.
+
+        Args:
+            x_t, v: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        return _per_image(self.sqrt_alphas_cumprod, t, x_t) * x_t - noise
+
+    def predict_eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """ε = sqrt(1 - ᾱ_t) x_t + sqrt(ᾱ_t) v: the other row of the rotation that turns (x_0, ε) into (x_t, v).
+
+        Args:
+            x_t, v: float32 [B, ...].
+            t: int64 [B] in [0, T-1].
+
+        Returns:
+            float32 [B, ...].
+        """
+        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+        return noise + _per_image(self.sqrt_alphas_cumprod, t, x_t) * v
+
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eqs. 6 and 7).
 

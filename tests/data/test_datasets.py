@@ -231,6 +231,42 @@ def test_what_auto_meant_at_step_0_holds_when_a_run_is_resumed(tmp_path: Path) -
     assert load(replace(data, channels="1")).shape == (1, 8, 8)
 
 
+# Size
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [4, 12, 16])
+def test_set_in_memory_of_another_size_is_what_a_folder_of_its_pictures_is(
+    tmp_path: Path, channels: int, size: int
+) -> None:
+    pixels = random_pixels(3, channels, 8, 12)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture.transpose(1, 2, 0).squeeze()).save(tmp_path / f"{number}.png")
+    folder = load(DataConfig(name="folder", root=str(tmp_path), image_size=size, batch_size=1))
+    held = ImagesInMemory(pixels, size=size)
+    assert held.shape == folder.shape == (channels, size, size)
+    assert torch.equal(held.fetch([2, 0, 1]), folder.fetch([2, 0, 1]))
+
+
+def test_shrinking_averages_pixels_and_keeps_what_is_where() -> None:
+    fine = np.indices((4, 4)).sum(0) % 2 * 255.0  # a chessboard of single pixels
+    board = np.block([[fine, np.zeros((4, 4))], [np.full((4, 4), 255.0), fine]]).astype(np.uint8)
+    (small,) = ImagesInMemory(board[None, None], size=4).fetch([0])
+    assert small[0, 0, 3] < 30 < 90 < small[0, 0, 0] < 165 < 225 < small[0, 3, 0]
+
+
+def test_size_belongs_to_the_fingerprint_and_their_own_size_leaves_images_alone() -> None:
+    pixels = random_pixels(3, 1, 8, 8)
+    as_they_are = ImagesInMemory(pixels)
+    assert ImagesInMemory(pixels, size=8).fingerprint == as_they_are.fingerprint
+    assert torch.equal(ImagesInMemory(pixels, size=8).fetch([0, 1, 2]), as_they_are.fetch([0, 1, 2]))
+    assert ImagesInMemory(pixels, size=4).fingerprint != as_they_are.fingerprint
+
+
+def test_every_built_in_set_takes_a_size() -> None:
+    assert load(DataConfig(name="mnist5k", image_size=16)).shape == (1, 16, 16)
+
+
 # CIFAR-10
 
 

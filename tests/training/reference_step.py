@@ -46,10 +46,12 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
             group, micro = divmod(number, r.micro)
             whose = (group,) if r.bitwise else (group * r.shards // groups, micro)
             torch.manual_seed(derive_seed(r.seed, "dropout", step, *whose))
-            x_t = alphas_cumprod[t].sqrt().float() * x_start + (1 - alphas_cumprod[t]).sqrt().float() * noise
+            signal, sigma = alphas_cumprod[t].sqrt().float(), (1 - alphas_cumprod[t]).sqrt().float()
+            x_t = signal * x_start + sigma * noise
             with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32):
-                eps = model(x_t.contiguous(memory_format=layout), t)
-            part = (eps.float() - noise).square().mean() / divisor
+                output = model(x_t.contiguous(memory_format=layout), t)
+            target = noise if r.prediction == "eps" else signal * noise - sigma * x_start
+            part = (output.float() - target).square().mean() / divisor
             (part * scale * (math.nan if step == r.nan_step else 1)).backward()
             loss += part.item() / late_divisor
             if micro == r.micro - 1:

@@ -54,6 +54,7 @@ class Recipe:
     batch_size: int = 8
     shards: int = 4
     channels: int = 8
+    prediction: str = "eps"
     lr: float = 1e-2
     ema_decay: float = 0.6
 
@@ -70,6 +71,7 @@ class Recipe:
             f"data.flip={self.flip}",
             f"model.channels={self.channels}",
             f"model.dropout={self.dropout}",
+            f"diffusion.prediction={self.prediction}",
             f"optim.lr={self.lr}",
             f"optim.schedule={'cosine' if self.decay_steps else 'constant'}",
             f"optim.warmup_steps={self.warmup_steps}",
@@ -93,6 +95,7 @@ RANDOM: Options = {"dropout": 0.2, "flip": True}
 RECIPES: dict[str, Recipe] = {
     "the defaults": Recipe(),
     "fp32, micro-batches, cosine, clipped": Recipe(micro=4, grad_clip=0.5, **RANDOM, **COSINE),
+    "fp32, v prediction": Recipe(prediction="v", **RANDOM, **COSINE),
     "fp32, no fused Adam, NaN": Recipe(fused=False, nan_step=5, warmup_steps=6, channels_last=False, **RANDOM),
     "fp32, bitwise, NaN": Recipe(bitwise=True, nan_step=7, grad_clip=0.5, **RANDOM, **COSINE),
     "bf16, micro-batches": Recipe("bf16", micro=2, channels_last=False, grad_clip=0.5, **RANDOM),
@@ -106,7 +109,13 @@ RECIPES: dict[str, Recipe] = {
     "2 ranks, fp16": Recipe("fp16", ranks=2, first_scale=2.0**23, growth_interval=3, grad_clip=0.5, **RANDOM),
 }
 
-QUICK = ("the defaults", "fp32, micro-batches, cosine, clipped", "fp16, clipped", "2 ranks, bf16, bitwise")
+QUICK = (
+    "the defaults",
+    "fp32, micro-batches, cosine, clipped",
+    "fp32, v prediction",
+    "fp16, clipped",
+    "2 ranks, bf16, bitwise",
+)
 
 
 @pytest.fixture(scope="module")
