@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
 # Of a run directory, or of the reader: these are no files of the project.
-ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "runs/mnist/config.yaml"}
+ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "pictures.yaml", "runs/mnist/config.yaml"}
 SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".toml", ".md", ".png", ".txt"}
 
 
@@ -145,8 +145,8 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert list(dead_links(document.read_text(encoding="utf-8"), document.parent)) == []
 
 
-def test_the_readme_explains_every_exit_code() -> None:
-    _, _, table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| exit code | meaning |")
+def test_the_page_about_resuming_explains_every_exit_code() -> None:
+    _, _, table = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8").partition("| exit code | meaning |")
     rows = re.findall(r"^\| (\d+) \|", table.partition("\n\n")[0], re.MULTILINE)
     assert sorted(map(int, rows)) == sorted(ExitCode)
 
