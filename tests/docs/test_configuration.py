@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, ROOT, commands_in, configs_in_documents, registry, split
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import configuration  # noqa: E402
+import configuration
 
-from ddpm_dist.build import TABLES, check_names  # noqa: E402
-from ddpm_dist.config import Config, keys, load_config  # noqa: E402
-from ddpm_dist.errors import ConfigError  # noqa: E402
+from ddpm_dist.build import TABLES, check_names
+from ddpm_dist.config import Config, keys, load_config
+from ddpm_dist.errors import ConfigError, ExitCode
 
 
 def test_the_page_is_what_the_generator_makes() -> None:
@@ -50,3 +54,67 @@ def test_the_default_and_the_bounds_on_the_page_are_those_of_the_reader(name: st
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
 def test_every_config_of_the_project_is_valid(file: Path) -> None:
     check_names(load_config(file))
+
+
+# What the documents show
+
+
+@pytest.mark.parametrize(("place", "shown"), configs_in_documents().items(), ids=lambda value: str(value)[:40])
+def test_every_yaml_block_of_a_document_is_a_config(place: str, shown: tuple[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(shown[1], encoding="utf-8")
+    check_names(load_config(file))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_override_of_a_document_has_a_value_that_its_key_takes(document: Path) -> None:
+    blocks, prose = split(document.read_text(encoding="utf-8"))
+    code = [*(line for block in blocks for line in block.lines), *re.findall(r"`([^`]+)`", prose)]
+    for word in (word for line in code for word in re.split(r"[\s()\[\]'\"]+", line)):
+        name, equals, value = word.rstrip(".,;:").partition("=")
+        if name in keys() and equals and not re.fullmatch(r"[A-Z_]*|.*\.\.\..*|.*\$.*", value):
+            assert list(refused(name, value)) == [], f"in {document.name}"
+
+
+def refused(name: str, values: str) -> Iterator[str]:
+    """What the reader says of each of several values, as in `optim.lr=1e-4,2e-4` or `elastic.mode=stream|bitwise`."""
+    for value in re.split(r"[,|]", values):
+        try:
+            load_config(None, [f"{name}={value}"])
+        except ConfigError as error:
+            if str(error).startswith("command line: "):  # other messages are about several keys together
+                yield str(error)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_a_document_has_a_valid_config(document: Path, tmp_path: Path) -> None:
+    mistakes = {text for text, entry in registry().items() if entry.exit == ExitCode.CONFIG}
+    for command in commands_in(document.read_text(encoding="utf-8"), document.name):
+        if command.text in mistakes or command.has_blanks:
+            continue
+        words = [word for line in command.text.splitlines() for word in shlex.split(line, comments=True)]
+        words = [part for word in words for part in (word[5:].split() if word.startswith("ARGS=") else [word])]
+        overrides = [word for word in words if word.partition("=")[0] in keys()]
+        files = [after for word, after in pairwise(words) if word == "--config" or word.endswith("train.sbatch")]
+        file = config_file(files[0], tmp_path) if files else None
+        for values in itertools.product(*(in_turn(words, word) for word in overrides)):
+            try:
+                check_names(load_config(file, values))
+            except ConfigError as error:
+                pytest.fail(f"{command.place}: {command.text}: {error}")
+
+
+def in_turn(words: list[str], override: str) -> list[str]:
+    """The override, or each value of a sweep over it."""
+    name, _, values = override.partition("=")
+    sweep = "--sweep" in words and words[words.index(override) - 1] == "--sweep"
+    return [f"{name}={value}" for value in values.split(",")] if sweep else [override]
+
+
+def config_file(name: str, tmp_path: Path) -> Path | None:
+    """The config of this name: in the checkout, in a document, or of a run that the reader has."""
+    for file, text in configs_in_documents().values():
+        if file == name:
+            (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+            return tmp_path / "config.yaml"
+    return None if name.startswith("runs/") else ROOT / name

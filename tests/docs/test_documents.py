@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from documents import DOCUMENTS, ROOT, configs_in_documents, split
 
 from ddpm_dist.config import keys
 from ddpm_dist.errors import ExitCode
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
 # Of a run directory, or of the reader: these are no files of the project.
 ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "pictures.yaml", "runs/mnist/config.yaml"}
@@ -21,17 +20,12 @@ SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".toml", ".md", ".png", ".txt"}
 
 
 def code_blocks(text: str) -> str:
-    """Fenced blocks, and lines that are indented by four blanks."""
-    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return "\n".join([*fenced, *re.findall(r"^ {4}\S.*$", without_fences(text), re.MULTILINE)])
-
-
-def without_fences(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    """The lines of all blocks of code."""
+    return "\n".join(line for block in split(text)[0] for line in block.lines)
 
 
 def without_blocks(text: str) -> str:
-    return re.sub(r"^ {4}\S.*$", "", without_fences(text), flags=re.MULTILINE)
+    return split(text)[1]
 
 
 def in_backticks(text: str) -> list[str]:
@@ -51,7 +45,8 @@ def looks_like_ours(word: str) -> bool:
     """Whether a word is the name of a file, or a path below one of the project's folders."""
     is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", word) is not None
     is_below = "/" in word and word.partition("/")[0] in CODE
-    return is_path and (is_below or Path(word).suffix in SUFFIXES) and word not in ELSEWHERE
+    of_the_reader = word in ELSEWHERE or word in {file for file, _ in configs_in_documents().values()}
+    return is_path and (is_below or Path(word).suffix in SUFFIXES) and not of_the_reader
 
 
 def missing_files(text: str) -> Iterator[str]:
@@ -67,7 +62,7 @@ def missing_files(text: str) -> Iterator[str]:
 
 def dead_links(text: str, folder: Path = ROOT) -> Iterator[str]:
     """Relative links whose file, or whose heading in that file, is not there."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(text)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text)):
         name, _, heading = target.partition("#")
         file = folder / name
         if re.match(r"\w+:", target):
@@ -79,7 +74,7 @@ def dead_links(text: str, folder: Path = ROOT) -> Iterator[str]:
 
 def headings(text: str) -> set[str]:
     """The anchors of a document, as GitHub makes them."""
-    titles = re.findall(r"^#+ +(.*?) *$", without_fences(text), re.MULTILINE)
+    titles = re.findall(r"^#+ +(.*?) *$", without_blocks(text), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
