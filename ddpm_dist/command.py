@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
@@ -14,12 +16,40 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError, so that a wrong option ends with one line and exit code 78."""
 
     def __init__(self, *, prog: str, description: str | None, **options: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter, **options)
+        super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError with argparse's message."""
         raise ConfigError(f"command line: {message}; `{self.prog} --help` shows what is valid")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves descriptions as they are, and makes no line longer than 100 characters or than the terminal is wide."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
+
+
+INTERRUPTED = 130
+_MEANINGS = {
+    ExitCode.DATA: "the data or a checkpoint cannot be used",
+    ExitCode.SOFTWARE: "a bug, or a machine, a disk or a network that failed: the same command tries again",
+    ExitCode.PREEMPTED: "stopped and saved: the same command goes on at the next step",
+    ExitCode.NO_PROGRESS: "diverged, or another attempt has taken over: the same command would not help",
+    ExitCode.CONFIG: "the command line or the config is wrong",
+    INTERRUPTED: "stopped with Ctrl-C",
+}
+
+
+def exit_codes(usual: Sequence[int], own: Mapping[int, str]) -> str:
+    """The table of exit codes that ends the help of a command.
+
+    Args:
+        usual: those that mean what they mean for all commands.
+        own: those that mean something else for this command, and 0.
+    """
+    meanings = {**{code: _MEANINGS[code] for code in usual}, **own}
+    return "\n".join(["exit codes:", *(f"  {code:>3}  {meanings[code]}" for code in sorted(meanings))])
 
 
 def one_line(error: Exception) -> tuple[int, str] | None:

@@ -1,8 +1,12 @@
-"""Fetch a data set into data.root without training a step, for machines that have no network when they train.
+"""Fetch a data set without training a step, for machines that have no network when they train.
 
-python -m ddpm_dist.fetch mnist
-python -m ddpm_dist.fetch cifar10 data.root=/scratch/data
-python -m ddpm_dist.fetch --config configs/cifar10.yaml
+    python -m ddpm_dist.fetch mnist
+    python -m ddpm_dist.fetch cifar10 data.root=/scratch/data
+    python -m ddpm_dist.fetch --config configs/cifar10.yaml
+
+NAME is mnist, fashion-mnist or cifar10; with --config it may be left out. A set that is there
+already is read, to see that it is whole, and is not fetched again. Several commands may fetch into
+one folder at once.
 """
 
 from __future__ import annotations
@@ -17,17 +21,11 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.config import DataConfig, keys, load_config
 from ddpm_dist.errors import ConfigError, UserError
 
-EPILOG = """\
-NAME is mnist, fashion-mnist or cifar10; with --config it may be left out. A set that is there already is read, to see
-that it is whole, and not fetched again. Several may fetch into one folder at once.
-
-Exit codes: 0 the set is there, 65 it could not be fetched or is damaged, 78 the command line or the config is wrong,
-130 stopped with Ctrl-C.
-"""
+EPILOG = exit_codes((78, 130), {0: "the set is there", 65: "it could not be fetched, or what is there is damaged"})
 NOT_FETCHED = ("mnist5k", "folder")
 NOTHING_TO_FETCH = (
     "fetch folder: these are images of your own, so there is nothing to fetch; train on them with "
@@ -41,7 +39,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     usage = "%(prog)s [-h] [--config FILE] [NAME] [section.key=value ...]"
     parser = CommandLine(prog="python -m ddpm_dist.fetch", description=__doc__, epilog=EPILOG, usage=usage)
     parser.add_argument("--config", metavar="FILE", help="take data.name and data.root from this config")
-    parser.add_argument("words", nargs="*", metavar="NAME, section.key=value", help="beat the file [data.root=data]")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME, section.key=value",
+        help="the set; config keys like data.root=DIR [data.root=data]",
+    )
     return parser.parse_intermixed_args(argv)
 
 

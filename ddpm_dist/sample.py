@@ -1,4 +1,4 @@
-"""Draw images from a run's averaged weights: a grid, a folder of PNGs, or an .npz for evaluators.
+"""Draw images from the averaged weights of a run: a grid, a folder of PNGs, or one .npz file.
 
     python -m ddpm_dist.sample runs/mnist
     python -m ddpm_dist.sample runs/mnist --num 10000 --sampler ddpm --out images.npz
@@ -16,23 +16,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.errors import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+EPILOG = exit_codes((65, 70, 78, 130), {0: "the images are drawn"})
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
-    parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__)
-    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--num", type=int, default=64, help="number of images [64]")
-    parser.add_argument("--sampler", default="ddim", help="ddim [default], or ddpm, which visits all timesteps")
-    parser.add_argument("--steps", type=int, help="timesteps that the sampler visits [50]")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
-    parser.add_argument("--step", type=int, help="which checkpoint [the newest valid one]")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="[auto]")
+    parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__, epilog=EPILOG)
+    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, like runs/mnist")
+    parser.add_argument("--num", type=int, default=64, metavar="N", help="number of images [64]")
+    parser.add_argument(
+        "--sampler", default="ddim", metavar="NAME", help="ddim, or ddpm, which visits all timesteps [ddim]"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="timesteps that ddim visits [50]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images [0]")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint [the newest valid one]")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda if there is one [auto]"
+    )
     parser.add_argument(
         "--out",
         metavar="PATH",

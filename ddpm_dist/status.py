@@ -1,16 +1,17 @@
-"""What happened to a run: its attempts, on which nodes, how they ended, what was lost, and when it will be done.
+"""What happened to a run: its attempts, where they ran, how they ended, and when it will be finished.
 
     python -m ddpm_dist.status runs/mnist runs/cifar10
     python -m ddpm_dist.status --json runs/mnist
 
-goodput   the share of the wall time of all attempts that went into steps that counted. The rest went into steps that
-          were trained again after a kill, and into starting, saving, drawing previews and waiting for lost ranks.
-          An attempt's time begins when it claims the run: the wait for a machine and the start of Python come before.
-lost      steps of an attempt that a later one trained again, or must, as far as metrics.jsonl knows them.
-ETA       steps left times the recent wall time of a step.
+goodput  the share of the wall time of all attempts that went into steps that counted. The rest went
+         into steps that were trained again after a kill, and into starting, saving, drawing
+         previews and waiting for lost ranks. An attempt's time begins when it claims the run:
+         the wait for a machine and the start of Python are not in it.
+lost     steps that a later attempt trained again, or must, as far as metrics.jsonl knows them.
+ETA      the steps that are left, times the time that a step took recently.
 
-A node is named if at least two attempts died on it, and markedly more with it than without it. An attempt died if it
-was killed, crashed, lost its node, or failed with exit code 70. A preemption is no death.
+A node is named if at least two attempts died on it, and markedly more with it than without it. An
+attempt died if it was killed, crashed, lost its node, or failed with exit code 70.
 Nothing is written, and no run is disturbed.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, nobody_reads, refuse
+from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
 from ddpm_dist.errors import UserError
 from ddpm_dist.history.nodes import compress
 from ddpm_dist.history.report import AttemptReport, Report, read_report
@@ -35,16 +36,21 @@ MAX_REASON, MAX_NODES = 80, 40  # characters in the table; --json gives the whol
 ALIGNED_RIGHT = ("attempt", "took", "ranks", "steps", "saved", "lost")
 
 
+EPILOG = exit_codes(
+    (78, 130), {0: "all runs are reported", 65: "one of the directories holds no run", 70: "a file cannot be read"}
+)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises UserError."""
-    parser = CommandLine(prog="python -m ddpm_dist.status", description=__doc__)
-    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--json", action="store_true", help="the same facts as a JSON list, one object a run")
+    parser = CommandLine(prog="python -m ddpm_dist.status", description=__doc__, epilog=EPILOG)
+    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
+    parser.add_argument("--json", action="store_true", help="the same facts as a JSON list, one object for each run")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a report of each run directory; returns the exit code, 65 if one of them holds no run."""
+    """Print a report of each run directory. Returns the exit code."""
     try:
         args = parse(argv)
     except UserError as error:

@@ -1,6 +1,8 @@
 """Deliver to MLflow what it has not got yet, and the true state of each run.
 
-python -m ddpm_dist.sync runs/mnist runs/cifar10
+    python -m ddpm_dist.sync runs/mnist runs/cifar10
+
+The same command may be given as often as you like: nothing is delivered twice.
 """
 
 from __future__ import annotations
@@ -9,15 +11,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.errors import ExitCode, UserError
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking.address import how_to_look
 
+EPILOG = exit_codes(
+    (78, 130),
+    {
+        0: "all is delivered",
+        65: "one of the directories holds no run",
+        70: "not all could be delivered: nothing is lost, and the same command tries again",
+    },
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandLine(prog="python -m ddpm_dist.sync", description=__doc__)
-    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR")
+    parser = CommandLine(prog="python -m ddpm_dist.sync", description=__doc__, epilog=EPILOG)
+    parser.add_argument("run_directories", type=Path, nargs="+", metavar="RUN_DIR", help="directories of runs")
     try:
         paths = parser.parse_args(argv).run_directories
     except UserError as error:
@@ -29,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  MLflow    {how_to_look(RunDirectory(path))}")
         except (UserError, OSError) as error:
             worst = max(worst, refuse(error))
+        except KeyboardInterrupt:
+            return 130
     return worst
 
 

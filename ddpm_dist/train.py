@@ -1,8 +1,11 @@
 """Train a diffusion model: the same command starts, resumes and finishes a run.
 
-torchrun --nproc_per_node 4 -m ddpm_dist.train
-torchrun --nproc_per_node 4 -m ddpm_dist.train --config configs/mnist.yaml optim.lr=1e-4
-python -m ddpm_dist.train train.max_steps=100
+    python -m ddpm_dist.train data.name=mnist5k train.max_steps=100
+    torchrun --nproc_per_node 4 -m ddpm_dist.train
+    torchrun --nproc_per_node 4 -m ddpm_dist.train --config configs/mnist.yaml optim.lr=1e-4
+
+All that is written goes into the run directory, run.root/run.name [runs/mnist]. Stop the run with
+Ctrl-C or SIGTERM: it saves. The same command then goes on at the very next step.
 """
 
 from __future__ import annotations
@@ -16,29 +19,38 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.output import drop_what_cannot_be_written
 from ddpm_dist.parallel.environment import RankEnvironment, read_environment, srun_wait_seconds
 from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
-EPILOG = """\
-Stop it with Ctrl-C or SIGTERM: it saves and exits with 75. The same command then goes on at the very next step.
-Exit codes: 0 finished, 75 preempted, 78 configuration, 65 data or checkpoint unusable, 70 our fault.
-From a checkout, launch/torchrun.sh starts one rank per GPU or core.
+EPILOG = f"""\
+configs/, launch/ (torchrun.sh, which starts one rank for each GPU or core; submit and doctor for
+SLURM) and slurm/ are no part of the installed package: they are in a checkout of the project, and
+are used from its root.
+
+{exit_codes((65, 70, 75, 76, 78), {0: "the run is finished"})}
+torchrun itself does not tell those above 0 apart; launch/torchrun.sh does, and so does the file
+status.json in the run directory.
 """
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("--where", action="store_true", help="print the run directory and exit")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with what differs from the defaults [none]")
+    parser.add_argument("--dry-run", action="store_true", help="print the config with all its keys, and exit")
+    parser.add_argument("--where", action="store_true", help="print the run directory, and exit")
     parser.add_argument("--for-sbatch", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--help-config", action="store_true", help="list all config keys with defaults and exit")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
+    parser.add_argument("--help-config", action="store_true", help="list all config keys with their defaults, and exit")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="config keys; they beat the file, and the last one wins",
+    )
     return parser.parse_intermixed_args(argv)
 
 

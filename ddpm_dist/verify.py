@@ -1,7 +1,12 @@
-"""Prove on this machine that a run which is killed and moved ends with the same bits as one that is left alone.
+"""Prove on this machine that a run which is killed and moved learns the same bits as one left alone.
 
-python -m ddpm_dist.verify
-python -m ddpm_dist.verify --config configs/mnist.yaml --worlds 1,2,4 --kills 5 --steps 60 elastic.mode=bitwise
+    python -m ddpm_dist.verify
+    python -m ddpm_dist.verify --config configs/mnist.yaml --worlds 1,2 elastic.mode=bitwise
+
+It trains the same run twice, in a folder of its own. One is left undisturbed. In the other, all
+ranks or one of them are killed at random instants, and each attempt takes the next of the given
+numbers of ranks. Then it compares weights, moving average, optimizer and scaler.
+Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise.
 """
 
 from __future__ import annotations
@@ -18,22 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.config import Config, check_world_size, load_config
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from ddpm_dist.parallel.local import LocalRanks
-from ddpm_dist.run.digest import digests
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.lease import read_attempts
-from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import read_metrics
 
-EPILOG = """\
-It trains the same run twice in a folder of its own. One is left undisturbed. In the other, all ranks or one of them
-are killed at random instants, and each attempt takes the next of the given numbers of ranks. Then it compares weights,
-moving average, optimizer and scaler. Without --config: 5,000 MNIST images, 16 channels, elastic.mode=bitwise.
-Exit codes: 0 equal, 1 not equal, otherwise as those of train.
-"""
+EPILOG = exit_codes((65, 70, 75, 76, 78, 130), {0: "equal", 1: "not equal"})
 DEFAULT = ("data.name=mnist5k", "model.channels=16", "data.batch_size=32", "elastic.mode=bitwise")
 COMMAND = "ddpm_dist.train:main"
 PATIENCE_SECONDS = 600.0  # how long the ranks that were not killed may take to end
@@ -61,13 +59,15 @@ class Attempt:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.verify", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--config", metavar="FILE", help="the config to rehearse")
-    parser.add_argument("--worlds", default="1,2,4", metavar="N,...", help="numbers of ranks [1,2,4]")
-    parser.add_argument("--kills", type=int, default=5, help="how often it is killed [5]")
-    parser.add_argument("--steps", type=int, default=60, help="how long both runs are [60]")
-    parser.add_argument("--seed", type=int, help="of the kills; printed [random]")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave both run directories there [deleted]")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file")
+    parser.add_argument("--config", metavar="FILE", help="the config to rehearse [none]")
+    parser.add_argument(
+        "--worlds", default="1,2,4", metavar="N,...", help="numbers of ranks, one after the other [1,2,4]"
+    )
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="how often it is killed [5]")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="how many steps both runs have [60]")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the kills, which is printed [random]")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave both run directories there [they are deleted]")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="config keys; they beat the file")
     return parser.parse_intermixed_args(argv)
 
 
@@ -199,6 +199,8 @@ class Rehearsal:
 
     def _attempt(self, name: str, world_size: int, kills_left: int | None) -> Attempt:
         """Make one attempt at a run: kill it if kills are left, else let it finish."""
+        from ddpm_dist.run.store import CheckpointStore  # it takes torch; a wrong command line is refused without
+
         run = self._root / name
         store = CheckpointStore(run / "checkpoints")
         newest = max(store.committed(), default=0)
@@ -230,6 +232,9 @@ class Rehearsal:
 
     def _compare(self, attempts: Sequence[Attempt]) -> bool:
         """Print what is equal and what is not. Returns whether all is well."""
+        from ddpm_dist.run.digest import digests
+        from ddpm_dist.run.store import CheckpointStore
+
         ends = []
         for name in ("undisturbed", "disturbed"):
             ends.append(digests(CheckpointStore(self._root / name / "checkpoints").load(self._steps)))

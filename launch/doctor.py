@@ -1,10 +1,11 @@
-"""Look whether a request can work on this cluster, before anything is queued. Takes the arguments of launch.submit.
+"""Look whether a request can work on this cluster, before anything is queued.
 
-python -m launch.doctor --config configs/mnist.yaml --nodes 2 --gpus-per-node 4 --partition gpu --time 4:00:00
-srun --nodes 2 --ntasks-per-node 4 python -m launch.doctor --on-node --config configs/mnist.yaml
+    python -m launch.doctor --config configs/mnist.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00
+    srun --nodes 2 --ntasks-per-node 4 python -m launch.doctor --on-node --config configs/mnist.yaml
 
-Each line is ok, warning or error, with what to change. Exit code 0 without errors, else 78. With --on-node, inside an
-allocation: do the ranks reach each other, how fast, and do they all see and write run.root?
+It takes the arguments of launch.submit, from the root of a checkout. Each line is ok, warning or
+error, with what to change. With --on-node, inside an allocation, it looks whether the ranks reach
+each other, how fast, and whether they all see and write run.root.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ddpm_dist.command import CommandLine, refuse
+from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from launch.checks import examine
 from launch.cluster import expand, read_cluster
 from launch.request import Request, add_arguments, from_arguments
 from launch.site import look
 
+USAGE = "%(prog)s [OPTIONS] [--config FILE] [section.key=value ...]"
+EPILOG = exit_codes(
+    (130,), {0: "no line is an error", 78: "a line is an error, or the command line or the config is wrong"}
+)
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(prog="python -m launch.doctor", description=__doc__)
-    add_arguments(parser)
+    parser = CommandLine(prog="python -m launch.doctor", description=__doc__, usage=USAGE, epilog=EPILOG)
     parser.add_argument("--on-node", action="store_true", help="probe the network and run.root from these ranks")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long to probe (default 20)")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="how long to probe [20]")
+    add_arguments(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -38,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _probe(request, args.seconds) if args.on_node else _examine(request)
     except UserError as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _examine(request: Request) -> int:

@@ -66,35 +66,32 @@ class Request:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML with the differences from the defaults")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="beat the file; the last wins")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with what differs from the defaults [none]")
+    overrides = parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    overrides.help = argparse.SUPPRESS  # the usage shows them
     size = parser.add_argument_group("size")
-    size.add_argument("--nodes", type=int, default=1, metavar="N")
-    size.add_argument("--gpus-per-node", default="0", metavar="[TYPE:]N", help="as a100:4; 0: CPUs only (default)")
-    size.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a node (default: its GPUs, else 1)")
+    size.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes [1]")
+    size.add_argument("--gpus-per-node", default="0", metavar="[TYPE:]N", help="like a100:4; 0 is CPUs only [0]")
+    size.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a node [its GPUs, or else 1]")
+    size.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each rank [a GPU's share, or else 1]")
+    size.add_argument("--mem", metavar="32G", help="memory of each node [the partition's default]")
+    size.add_argument("--time", metavar="D-H:M:S", help="time limit of one attempt [the partition's default]")
+    size.add_argument("--total-time", metavar="D-H:M:S", help="it comes back until this is used up in all [no limit]")
     size.add_argument(
-        "--cpus-per-task",
-        type=int,
-        metavar="N",
-        help="cores of each rank (default: with GPUs the cores of the partition's smallest node over its GPUs, else 1)",
+        "--max-requeues", type=int, default=1000, metavar="N", help="it comes back at most N times [1000]"
     )
-    size.add_argument("--mem", metavar="32G", help="memory per node")
-    size.add_argument("--time", metavar="D-H:M:S", help="time limit of one attempt, as sbatch takes it")
-    size.add_argument("--total-time", metavar="D-H:M:S", help="the job comes back until this time is used up in all")
-    size.add_argument("--max-requeues", type=int, default=1000, metavar="N", help="it comes back at most N times")
-    size.add_argument("--signal-lead", type=int, default=120, metavar="SECONDS", help="save so long before the limit")
-    where = parser.add_argument_group("where")
-    for option in ("partition", "account", "qos", "constraint", "exclude"):
-        where.add_argument(f"--{option}", metavar="NAME")
+    size.add_argument("--signal-lead", type=int, default=120, metavar="S", help="save S seconds before the limit [120]")
+    where = parser.add_argument_group("where (also --account, --qos, --constraint and --exclude, as of sbatch)")
+    where.add_argument("--partition", metavar="NAME", help="SLURM's partition [the cluster's default]")
+    for option in ("account", "qos", "constraint", "exclude"):
+        where.add_argument(f"--{option}", metavar="NAME", help=argparse.SUPPRESS)
     where.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]", help="any other option; may be repeated"
     )
     where.add_argument(
-        "--setup", action="append", default=[], metavar="LINE", help="shell before the run, as `module load cuda`"
+        "--setup", action="append", default=[], metavar="LINE", help="shell before the run, like `module load cuda`"
     )
-    where.add_argument(
-        "--python", metavar="COMMAND", help="as `apptainer exec --nv image.sif python` (default: this one)"
-    )
+    where.add_argument("--python", metavar="COMMAND", help="like `apptainer exec --nv image.sif python` [this Python]")
 
 
 def check_config(config: Config, world_size: int) -> None:

@@ -1,8 +1,7 @@
-"""Submit a run to SLURM; it comes back by itself after preemption, time limit and dying nodes until it is finished.
+"""Submit a run to SLURM; it comes back after preemptions, time limits and lost nodes until it ends.
 
-python -m launch.submit --config configs/mnist.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00 optim.lr=1e-4
-python -m launch.submit --config configs/mnist.yaml --gpus-per-node 4 --sweep optim.lr=1e-4,2e-4 --sweep run.seed=0,1
-
+    python -m launch.submit --config configs/mnist.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00
+    python -m launch.submit --config configs/mnist.yaml --sweep optim.lr=1e-4,2e-4
 From the root of a checkout. The same command again resumes a run that has stopped for good.
 """
 
@@ -13,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from ddpm_dist.command import CommandLine, nobody_reads, refuse
+from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
 from ddpm_dist.config import to_yaml
 from ddpm_dist.errors import ConfigError, UserError
 from launch.batch import LIFECYCLE, REQUEUE
@@ -25,16 +24,28 @@ from launch.request import Request, add_arguments, from_arguments
 from launch.sweep import grid
 from launch.task import Task
 
+USAGE = "%(prog)s [OPTIONS] [--config FILE] [section.key=value ...]"
+EPILOG = f"""\
+{exit_codes((70, 78, 130), {0: "the run is submitted"})}
+With --wait or --cluster debug also that of the run: 65, 75 or 76, and 0 if it is finished.
+"""
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(prog="python -m launch.submit", description=__doc__)
+    parser = CommandLine(prog="python -m launch.submit", description=__doc__, usage=USAGE, epilog=EPILOG)
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        metavar="NAME",
+        help="slurm, local (this machine) or debug (this process) [slurm]",
+    )
+    sweep_help = "one run for each value; repeat it for a grid"
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,...", help=sweep_help)
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="jobs of a sweep that run at once [4]")
+    parser.add_argument("--wait", action="store_true", help="follow the log until the job ends, not those after it")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch text and the config; submit nothing")
     add_arguments(parser)
-    how = parser.add_argument_group("how")
-    how.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: this machine")
-    how.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B,...", help="a grid; one key each")
-    how.add_argument("--at-once", type=int, default=4, metavar="N", help="jobs of a sweep that run at once (default 4)")
-    how.add_argument("--wait", action="store_true", help="follow the log until the job (not a successor) ends")
-    how.add_argument("--dry-run", action="store_true", help="print the sbatch text and the config, submit nothing")
     return parser.parse_intermixed_args(argv)
 
 
@@ -55,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _submit(request, runs, args)
     except UserError as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _debug(runs: Sequence[Request]) -> int:

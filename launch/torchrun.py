@@ -23,33 +23,29 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are loaded, Ctrl-C ends this without a traceback
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # Python looks for modules beside the script, in launch/
 
+from ddpm_dist.command import exit_codes
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import ExitCode, UserError
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.train import parse
 
 TRAIN = "ddpm_dist.train"
-HELP = """\
+HELP = f"""\
 usage: [NPROC=N] [PYTHON=python] launch/torchrun.sh [ARGUMENTS OF python -m ddpm_dist.train]
 
 Train with several ranks on this machine: torchrun with the right flags.
 
     launch/torchrun.sh --config configs/mnist.yaml optim.lr=1e-4
 
-There is one rank for each GPU, or without GPUs for each core, but at most 4, and always 1, 2, 4 or 8. In the
-environment, NPROC=N asks for N ranks, and PYTHON=... for another Python than the first one on the PATH.
-`python -m ddpm_dist.train --help` lists the arguments. --dry-run, --where and --help-config start no ranks.
+There is one rank for each GPU, or without GPUs for each core, but then at most 4; and always 1, 2,
+4 or 8. In the environment, NPROC=N asks for N ranks, and PYTHON=... for another Python than the
+first one on the PATH. `python -m ddpm_dist.train --help` lists the arguments. With --dry-run,
+--where and --help-config no ranks are started.
 
-Stop it with Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2: it saves. The same command then goes on at the next step.
+Stop the run with Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2: it saves. The same command then goes
+on at the very next step. The last lines say how the run stands.
 
-exit codes:
-    0  the run is finished
-   65  the data or a checkpoint cannot be used
-   70  a bug, or a machine, a disk or a network that failed: the same command tries again
-   75  stopped and saved: the same command goes on
-   76  no progress, or another attempt has taken over: the same command would not help
-   78  the command line or the config is wrong
-  130  stopped by Ctrl-C (by signal N: 128+N) before there was anything to save
+{exit_codes((65, 70, 75, 76, 78), {0: "the run is finished", 130: "stopped with Ctrl-C before training began"})}
 """
 ANSWERS = ("--dry-run", "--where", "--help-config")  # of one process; nothing is trained
 UNUSED_SIGNAL = "SIGURG"  # torchrun takes over at least one signal; nobody sends this one to it

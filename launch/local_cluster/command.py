@@ -1,29 +1,16 @@
-"""A real SLURM of several nodes on one machine, thrown away afterwards: to try and to test jobs without a cluster.
+"""A real SLURM of several nodes on one machine, thrown away afterwards: to try jobs without a cluster.
 
     export LOCAL_SLURM_STATE=$(mktemp -d)   # a short path: Unix sockets live below it
     slurm/local-cluster up --nodes 2 --cpus 2
-    . $LOCAL_SLURM_STATE/env.sh             # from here on plain sbatch, srun, squeue, scancel, scontrol
-    slurm/local-cluster status
-    slurm/local-cluster crash node2         # power failure;  crash-slurmd: only its slurmd dies, the tasks run on
+    . $LOCAL_SLURM_STATE/env.sh             # from here on plain sbatch, srun, squeue, scancel
+    slurm/local-cluster crash node2         # a power failure
     slurm/local-cluster restore node2
     slurm/local-cluster down
-
     slurm/local-cluster drill configs/mnist.yaml   # all of it, with accidents that befall a run
 
-Needs root, no systemd, and
+It needs root, no systemd, and
     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 (for `up --dbd`, which makes sacct work, also slurmdbd and mariadb-server).
-
-Two partitions: low (default; its jobs are requeued after --grace seconds) and high (preempts low). Fake GPUs.
-
-netns mode (default where permitted): every node is its own network, UTS, PID and mount namespace (own IP, own
-hostname, own process tree), linked by a bridge in a namespace of its own. ports mode: several slurmd on the
-host's network, one port each. All nodes share this machine's files.
-
-Clusters with different state directories do not meet: names, addresses and ports are derived from that path. All
-files are below it; the only other traces are its links, namespaces and freezer cgroup, and (ports mode) one marked
-line in /etc/hosts. `down` removes them. Only what this cluster started is ended: by recorded pid and start time,
-by PID namespace, or by a cgroup of its own; never by name. `up` starts afresh.
 """
 
 from __future__ import annotations
@@ -32,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,12 +27,35 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from .cluster import LocalCluster, bring_up, find_cluster
 from .drill import rehearse
 from .errors import LocalClusterError
 from .machine import find_system_programs
 from .options import MODES, PROCESS_TRACKERS, Options
+
+EPILOG = """\
+exit codes:
+    0  done; status: the cluster is healthy; drill: no step was lost that need not be
+    1  it could not be done, the message says why; status: not healthy, or not up; drill: steps lost
+    2  the command line is wrong
+  128+N  stopped by signal N; a cluster that was only half up is taken down first
+"""
+ABOUT_UP = """\
+There are two partitions: low (default; its jobs are requeued after --grace seconds) and high,
+which preempts low. The GPUs are not real.
+
+netns mode (default where permitted): every node is its own network, UTS, PID and mount namespace
+(its own IP, host name and process tree), linked by a bridge in a namespace of its own. ports mode:
+several slurmd on the host's network, one port each. All nodes share this machine's files.
+
+Clusters with different state directories do not meet: names, addresses and ports are derived from
+that path. All files are below it; the only other traces are links, namespaces, a freezer cgroup,
+and (ports mode) one marked line in /etc/hosts. `down` removes them. Only what this cluster started
+is ended: by recorded pid and start time, by PID namespace, or by a cgroup of its own; never by
+name. `up` starts afresh.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,9 +171,16 @@ def _drill(arguments: argparse.Namespace) -> int:
                 left.take_down()
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves descriptions as they are, and makes no line longer than 100 characters or than the terminal is wide."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="local-cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="local-cluster", description=__doc__, epilog=EPILOG, formatter_class=_HelpFormatter
     )
     default = os.environ.get("LOCAL_SLURM_STATE") or os.path.join(tempfile.gettempdir(), "local-slurm")
     parser.add_argument("--state", type=Path, default=Path(default), help="beats LOCAL_SLURM_STATE (now: %(default)s)")
@@ -170,13 +188,14 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser(
         "up",
         help="start a fresh cluster (up --help: its options)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=ABOUT_UP,
+        formatter_class=_HelpFormatter,
     )
     _add_options_of_up(up)
     up.set_defaults(obey=_up)
     for name, obey, text in (
         ("down", _down, "end it and remove all traces"),
-        ("status", _status, "daemons, nodes and jobs; exit code 1 if a daemon is dead"),
+        ("status", _status, "show daemons, nodes and jobs"),
         ("env", _env, "print env.sh"),
     ):
         commands.add_parser(name, help=text).set_defaults(obey=obey)
@@ -188,33 +207,39 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("node", metavar="NODE")
         command.set_defaults(obey=obey)
-    drill = commands.add_parser("drill", help="rehearse accidents on a run: a config file, and overrides of its keys")
-    drill.add_argument("config", type=Path, metavar="CONFIG")
-    drill.add_argument("overrides", nargs="*", metavar="section.key=value")
-    drill.add_argument("--ranks", type=int, default=1, help="per node, of 2 nodes (default: %(default)s)")
+    text = "rehearse accidents on a run, on a cluster of its own that is taken down afterwards"
+    drill = commands.add_parser("drill", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    drill.add_argument("config", type=Path, metavar="CONFIG", help="config file of the run")
+    drill.add_argument("overrides", nargs="*", metavar="section.key=value", help="config keys; they beat the file")
+    drill.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks on each of the 2 nodes [%(default)s]")
     drill.set_defaults(obey=_drill)
     return parser
 
 
 def _add_options_of_up(up: argparse.ArgumentParser) -> None:
     """One for each field of Options, whose defaults hold."""
-    up.add_argument("--nodes", type=int)
-    up.add_argument("--cpus", type=int, help="per node, as SLURM sees it; may exceed the machine's")
-    up.add_argument("--gpus", type=int, help="fake GPUs per node")
-    up.add_argument("--memory", type=int, help="MiB per node, as SLURM sees it")
-    up.add_argument("--mode", choices=MODES)
-    up.add_argument("--dbd", action="store_true", help="slurmdbd and mariadb, so that sacct works")
-    up.add_argument("--grace", type=int, help="GraceTime of partition low, seconds")
-    up.add_argument("--kill-wait", type=int, help="seconds from SIGTERM to SIGKILL at time limit or scancel")
-    up.add_argument("--slurmd-timeout", type=int, help="seconds until a silent node is DOWN")
-    up.add_argument("--message-timeout", type=int, help="seconds; adds to --slurmd-timeout")
-    up.add_argument("--requeue-delay", type=int, help="seconds before a requeued job may start, at least 5")
+
+    def add(option: str, metavar: str, text: str, **kind: Any) -> None:
+        up.add_argument(option, metavar=metavar, help=f"{text} [%(default)s]", **kind)
+
+    add("--nodes", "N", "number of nodes", type=int)
+    add("--cpus", "N", "CPUs of each node, as SLURM sees it; may exceed the machine's", type=int)
+    add("--gpus", "N", "GPUs of each node, which are not real", type=int)
+    add("--memory", "MIB", "memory of each node, as SLURM sees it", type=int)
+    add("--mode", "MODE", ", ".join(MODES), choices=MODES)
+    up.add_argument("--dbd", action="store_true", help="start slurmdbd and mariadb too, so that sacct works")
+    add("--grace", "S", "GraceTime of partition low, seconds", type=int)
+    add("--kill-wait", "S", "seconds from SIGTERM to SIGKILL at time limit or scancel", type=int)
+    add("--slurmd-timeout", "S", "seconds until a silent node is DOWN", type=int)
+    add("--message-timeout", "S", "seconds; adds to --slurmd-timeout", type=int)
+    add("--requeue-delay", "S", "seconds before a requeued job may start, at least 5", type=int)
     up.add_argument("--preempt-user-signal", action="store_true", help="send --signal's signal at preemption")
-    up.add_argument(
+    add(
         "--proctrack",
+        "NAME",
+        "auto: cgroup (v1 freezer) where it can be mounted, else linuxproc",
         choices=PROCESS_TRACKERS,
-        help="auto: cgroup (v1 freezer) where it can be mounted, else linuxproc",
     )
-    up.add_argument("--debug", help="level of SLURM's logs")
+    add("--debug", "LEVEL", "level of SLURM's logs")
     up.add_argument("--keep-failed", action="store_true", help="leave a cluster that did not come up for inspection")
     up.set_defaults(**dataclasses.asdict(Options()))
