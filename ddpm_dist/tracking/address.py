@@ -59,17 +59,17 @@ def how_to_look(directory: RunDirectory) -> str:
     experiment, run = noted.get("experiment_id"), noted.get("run_id")
     link = ""
     if experiment and run and noted.get("uri") == uri:
-        page = _without_password(address).rstrip("/") if is_server else LOCAL_PAGE
+        page = without_password(address).rstrip("/") if is_server else LOCAL_PAGE
         link = f"{page}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
     if is_server:
-        return link or _without_password(address)
+        return link or without_password(address)
     if address.startswith("databricks"):  # its pages have addresses of their own
         return address
-    command = f"mlflow ui --backend-store-uri {shlex.quote(_without_password(address))}"
+    command = f"mlflow ui --backend-store-uri {shlex.quote(without_password(address))}"
     return f"{command}\n{' ' * 12}then open {link}" if link else command
 
 
-def _without_password(address: str) -> str:
+def without_password(address: str) -> str:
     """`https://me:secret@host` as `https://host`; `postgresql://me:secret@host` keeps the user's name."""
     keep = "" if address.startswith("http") else r"\g<user>:***@"
     return re.sub(r"(?<=://)(?P<user>[^:/@]*):[^@/]*@", keep, address)

@@ -21,7 +21,7 @@ from ddpm_dist.tracking.description import surroundings
 from ddpm_dist.tracking.destination import prepare_client
 from ddpm_dist.tracking.locks import locked
 from ddpm_dist.tracking.shipper import NotDelivered, Shipper
-from ddpm_dist.tracking.signs import UNANSWERED, Sign, no_sign, sign_into
+from ddpm_dist.tracking.signs import NOT_YET, UNANSWERED, Sign, no_sign, sign_into
 
 POLL_SECONDS = 2.0
 LAST_TRIES_SECONDS = 60.0
@@ -72,6 +72,7 @@ def follow(directory: RunDirectory, trainer_pid: int, sign: Sign = no_sign) -> i
     """
     shipper = Shipper(directory, surroundings(), sign)
     give_up: list[float] = []
+    trouble = ""
     while True:
         state = true_state(directory, trainer_alive=os.getppid() == trainer_pid)
         ended = state != "running"
@@ -81,7 +82,9 @@ def follow(directory: RunDirectory, trainer_pid: int, sign: Sign = no_sign) -> i
                 return 0
             wait = POLL_SECONDS
         except NotDelivered as error:
-            print(f"{time.strftime('%F %T')} not delivered yet: {error}", flush=True)
+            if str(error) != trouble:  # it is asked again every few seconds, perhaps for days
+                print(f"{time.strftime('%F %T')} {NOT_YET}{error}", flush=True)
+            trouble = str(error)
             wait = POLL_SECONDS / 2 if ended else 2 * POLL_SECONDS  # at the end somebody may be waiting
         if ended:
             give_up = give_up or [time.monotonic() + LAST_TRIES_SECONDS]

@@ -42,11 +42,25 @@ class KnownRun:
 
 
 def prepare_client() -> None:
-    """MLflow's client waits up to four minutes for a dead server by default; and it need not call home."""
+    """Set what MLflow's client reads from the environment, unless the user has set it.
+
+    By default the client waits up to four minutes for a dead server, calls home, and prints a link of its own to each
+    run that ends, which opens the wrong workspace.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def http_status(error: Exception) -> int | None:
+    """The HTTP status of a server's answer that MLflow's client or requests made an error of; None if there is none."""
+    answer = getattr(error, "response", None)  # of requests
+    if answer is not None:
+        return int(answer.status_code)
+    status = getattr(error, "get_http_status_code", None)  # of mlflow
+    return None if status is None else int(status())
 
 
 def create_database(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking import address
-from ddpm_dist.tracking.signs import ANSWERED, LOCAL, read_signs
+from ddpm_dist.tracking.signs import ANSWERED, LOCAL, NOT_YET, REFUSED, UNANSWERED, read_signs
 
 REVIVE_SECONDS = 5.0
 SILENCE_SECONDS = 5.0
@@ -72,7 +72,7 @@ class ShipperProcess:
 
         A shipper that has not asked yet (importing mlflow takes seconds, making a database too), or that writes into
         a database file, is given the whole time. A server that was asked gets SILENCE_SECONDS for each answer, so one
-        that is down or hangs costs the trainer no more than that.
+        that is down or hangs costs the trainer no more than that. A server that refuses this user is not waited for.
 
         Args:
             timeout_seconds: no longer than this in any case.
@@ -80,15 +80,21 @@ class ShipperProcess:
         if self._delivers(timeout_seconds):
             return
         path = self._directory.path
-        words = (path / "shipper.log").read_text(errors="replace").splitlines()
-        reason = f" ({words[-1]})" if words else ""
-        print(f"MLflow has not got everything{reason}; later: python -m ddpm_dist.sync {path}", flush=True)
+        words = (path / "shipper.log").read_text(errors="replace").splitlines() or ["shipper.log says nothing"]
+        reason = words[-1].rpartition(NOT_YET)[2]
+        print(
+            f"MLflow has not got everything: {reason}. To deliver it later: python -m ddpm_dist.sync {path}", flush=True
+        )
 
     def _delivers(self, timeout_seconds: float) -> bool:
         """Whether the shipper ends well, in time."""
         give_up = deadline = time.monotonic() + timeout_seconds
+        # The first reading goes back to the start of the attempt: what was refused then may be allowed by now.
+        signs = read_signs(self._signs).replace(REFUSED, UNANSWERED)
         while self._process.poll() is None:
-            now, signs = time.monotonic(), read_signs(self._signs)
+            now = time.monotonic()
+            if signs.endswith(REFUSED):
+                return False
             if signs.endswith(LOCAL):
                 give_up = deadline
             elif ANSWERED in signs or (signs and give_up == deadline):  # further tries in vain give no further time
@@ -96,6 +102,7 @@ class ShipperProcess:
             if now >= give_up:
                 return False
             time.sleep(_LOOK_SECONDS)
+            signs = read_signs(self._signs)
         return self._process.returncode == 0
 
     def how_to_look(self) -> str:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping
+from http import HTTPStatus
 
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.run.directory import RunDirectory
-from ddpm_dist.tracking.address import address_of, choose_uri
+from ddpm_dist.tracking.address import address_of, choose_uri, without_password
 from ddpm_dist.tracking.description import dataset_of, tags_of
-from ddpm_dist.tracking.destination import Destination, Point
+from ddpm_dist.tracking.destination import Destination, Point, http_status
 from ddpm_dist.tracking.journal import read_lines
 from ddpm_dist.tracking.shipped import Shipped
-from ddpm_dist.tracking.signs import UNANSWERED, Sign, no_sign
+from ddpm_dist.tracking.signs import REFUSED, UNANSWERED, Sign, no_sign
 
 METRICS = ("loss", "lr", "grad_norm", "skipped", "images_per_second", "epoch")
+_REFUSALS = HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN
 RECORDS_PER_BATCH = 1000 // len(METRICS)  # MLflow takes at most 1000 metrics at once
 
 
@@ -66,8 +68,23 @@ class Shipper:
             destination.set_state(run_id, state)
         except Exception as error:  # MLflow, requests and SQLAlchemy each bring exceptions of their own
             self._connected = []
-            self._sign(UNANSWERED)
-            raise NotDelivered(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}") from error
+            self._sign(REFUSED if http_status(error) in _REFUSALS else UNANSWERED)
+            raise NotDelivered(self._why(error)) from error
+
+    def _why(self, error: Exception) -> str:
+        """What stands in the way, in one line, and what the user can do where we know it."""
+        server, status = without_password(address_of(self._uri, self._directory)), http_status(error)
+        if status == HTTPStatus.UNAUTHORIZED:
+            return (
+                f"{server} does not accept the user name and password, or got none (401); set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        if status == HTTPStatus.FORBIDDEN:
+            return (
+                f"{server} does not permit this user to write into tracking.experiment="
+                f"{self._config.tracking.experiment} (403); its owner can give the permission EDIT"
+            )
+        return without_password(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
     def _note(self) -> None:
         self._shipped.write(self._directory.mlflow_file)

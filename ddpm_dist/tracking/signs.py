@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 UNANSWERED = b"?"  # a server has been asked for the first time, or a try has failed
 ANSWERED = b"!"  # a server has answered
+REFUSED = b"x"  # a server has answered that this user may not: to ask again is in vain until somebody mends that
 LOCAL = b"-"  # a database file has been opened or has taken something: slow perhaps, but nobody keeps us waiting
+NOT_YET = "not delivered yet: "  # in shipper.log, before the reason
 Sign = Callable[[bytes], None]
 
 

@@ -74,6 +74,7 @@ pipe = int(sys.argv[sys.argv.index("--signs") + 1])
 def ask(): os.write(pipe, b"?")
 def answer(): os.write(pipe, b"!")
 def local(): os.write(pipe, b"-")
+def refuse(): os.write(pipe, b"x")
 """
 
 
@@ -89,6 +90,7 @@ def local(): os.write(pipe, b"-")
         ("for i in range(5): ask(); time.sleep(0.2)\nanswer()", (1.0, 9.0), True),  # it was down for a second
         ("ask(); local(); time.sleep(3)", (3.0, 9.0), True),  # a database file, after a try in vain
         ("local(); ask(); time.sleep(20)", (0.0, 3.5), False),  # a database file that cannot be written
+        ("for i in range(80): answer(); refuse(); time.sleep(0.2)", (0.0, 3.5), False),  # it knows us, and forbids it
         ("ask(); sys.exit(1)", (0.0, 3.5), False),  # the shipper gave up
         ("os.kill(os.getpid(), 9)", (0.0, 3.5), False),
     ],
@@ -102,6 +104,7 @@ def local(): os.write(pipe, b"-")
         "comes-back",
         "file",
         "broken-file",
+        "forbids",
         "gave-up",
         "killed",
     ],
@@ -131,6 +134,26 @@ def test_trainer_waits_while_mlflow_answers_and_no_longer(
     finally:
         running.__exit__(None, None, None)
     assert ("ddpm_dist.sync" in capsys.readouterr().out) != delivered
+
+
+@pytest.mark.slow
+def test_a_server_that_refused_at_first_and_answers_now_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, directory = tmp_path / "python", make_run(tmp_path, "run")
+    said = directory.path / "said"
+    script.write_text(f"{PRELUDE}refuse(); open({str(said)!r}, 'w')\nfor i in range(4): time.sleep(0.5); answer()\n")
+    script.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(script))
+        running = shipping(directory)
+        shipper = running.__enter__()
+    try:
+        wait_until(said.exists, lambda: "the shipper does not begin")
+        shipper.wait(60)
+    finally:
+        running.__exit__(None, None, None)
+    assert "ddpm_dist.sync" not in capsys.readouterr().out
 
 
 def test_signs_never_stop_the_shipper() -> None:
