@@ -1,0 +1,38 @@
+"""The rehearsal of docs/slurm.md, typed as the page prints it: a cluster, a sweep on it, a node that crashes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cluster import why_no_slurm
+from documents import ROOT, commands_in
+from scratch import execute, make_checkout
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
+
+FIRST, LAST = "export LOCAL_SLURM_STATE=$(mktemp -d)", "slurm/local-cluster down"
+
+
+def test_the_rehearsal_of_the_page_works_as_printed(tmp_path: Path) -> None:
+    if lack := why_no_slurm():
+        pytest.skip(lack)
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    typed = [command.text for command in commands_in(page)]
+    typed = typed[typed.index(FIRST) : typed.index(LAST) + 1]
+    assert len(typed) == 10
+    checkout = tmp_path / "ddpm_dist"
+    checkout.mkdir()
+    make_checkout(checkout)
+    end = f"trap '{LAST}' EXIT"  # also where a command fails
+    code, output = execute(checkout, "\n".join(["set -e", typed[0], end, *typed[1:]]), seconds=800)
+    assert code == 0, output
+    assert "Traceback" not in output
+    for lr in ("1e-3", "2e-3"):
+        for seed in (0, 1):
+            run = f"runs/sweep-lr={lr}-seed={seed}"
+            assert re.search(rf"^{run}: finished at step 40: target reached$", output, re.MULTILINE), output
+            assert re.search(rf"^{run}: finished at step 40 of 40", output, re.MULTILINE), output
+    assert re.search(r"^node2 +pid \d+ +alive", output, re.MULTILINE), "it crashed and came back"
+    assert re.search(r"^down in ", output, re.MULTILINE), output
