@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT, Entry, all_commands, assign, commands_in, registry
-from scratch import copy_of, execute, make_checkout
+from scratch import copy_of, execute
 
 HOW_TO = """\
 tests/docs/commands.toml does not say what becomes of this command. Add to it
@@ -52,14 +52,6 @@ def test_make_takes_the_arguments_as_printed(text: str) -> None:
 
 
 # Executed as printed
-
-
-@pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("documents") / "ddpm_dist"
-    folder.mkdir()
-    make_checkout(folder)
-    return folder
 
 
 OF_OTHERS = ("torchrun", "mlflow")  # they end with tracebacks of their own after Ctrl-C

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, ROOT, configs_in_documents, split
+import yaml
+from documents import DOCUMENTS, ROOT, commands_in, configs_in_documents, split
 
+import ddpm_dist
 from ddpm_dist.config import keys
 from ddpm_dist.errors import ExitCode
 
 CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
 # Of a run directory, or of the reader: these are no files of the project.
 ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "pictures.yaml", "runs/mnist/config.yaml"}
+OPTIONS_OF_OTHERS = {"--shm-size"}  # docker's
+CODE_FILES = {".py", ".sh", ".sbatch", ".toml"}
 SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".toml", ".md", ".png", ".txt"}
 
 
@@ -120,8 +125,28 @@ def unknown_names(text: str) -> Iterator[str]:
             yield name
 
 
+@functools.cache
+def options_in_the_code() -> frozenset[str]:
+    """Every option such as `--dry-run` in the Python and shell files of the project, without this test."""
+    files = [path for folder in CODE for path in (ROOT / folder).rglob("*") if path != Path(__file__)]
+    texts = [
+        path.read_text(encoding="utf-8") for path in [*files, ROOT / "pyproject.toml"] if path.suffix in CODE_FILES
+    ]
+    return frozenset(option for text in texts for option in re.findall(r"--[a-z][\w-]+", text))
+
+
+def unknown_options(text: str) -> Iterator[str]:
+    """Options of our own commands, and options that stand alone in backticks, that no code has."""
+    ours = r"(.* )?(python -m (ddpm_dist|launch)|slurm/local-cluster|launch/torchrun.sh)\b.*"
+    commands = [command.text for command in commands_in(text) if re.match(ours, command.text)]
+    for code in [*commands, *(span for span in in_backticks(text) if span.startswith("--"))]:
+        for option in re.findall(r"(?<![\w'-])--[a-z][\w-]*", code):
+            if option not in options_in_the_code() | OPTIONS_OF_OTHERS:
+                yield option
+
+
 CHECKS: list[Callable[[str], Iterator[str]]] = [
-    *(missing_files, missing_targets, missing_modules, unknown_keys, unknown_names),
+    *(missing_files, missing_targets, missing_modules, unknown_keys, unknown_names, unknown_options),
 ]
 
 
@@ -138,6 +163,27 @@ def test_what_a_document_names_is_there(document: Path, check: Callable[[str], I
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     assert list(dead_links(document.read_text(encoding="utf-8"), document.parent)) == []
+
+
+def test_every_promise_names_files_that_hold_tests() -> None:
+    lines = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|") and line not in ("| what | shown by |", "|---|---|")]
+    assert len(rows) > 20
+    for row in rows:
+        named = [ROOT / word for word in in_backticks(row) if word.startswith("tests/")]
+        assert named, f"this row names no test: {row}"
+        for path in named:
+            files = sorted(path.glob("test_*.py")) if path.is_dir() else [path]
+            assert files, path
+            for file in files:
+                assert re.search(r"^def test_", file.read_text(encoding="utf-8"), re.MULTILINE), f"{file} has no test"
+
+
+def test_the_citation_is_of_this_version_and_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (ddpm_dist.__version__, project["license"])
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
 def test_the_page_about_resuming_explains_every_exit_code() -> None:
@@ -163,6 +209,9 @@ def test_the_page_about_resuming_explains_every_exit_code() -> None:
         (dead_links, "[a](README.md#quick-start) [b](README.md#slow-start)", ["README.md#slow-start"]),
         (missing_targets, "`make test`, `make rain`, to make sense", ["make rain"]),
         (missing_targets, "    make train\n    make trains  # make sense", ["make trains"]),
+        (unknown_options, "`python -m ddpm_dist.train --dry-rum`, `--sweep`, `--sweeep a=b`, `sbatch --gone`", [
+            "--dry-rum", "--sweeep",
+        ]),
         (missing_modules, "`python -m ddpm_dist.gone`, -m launch.submit, -m pip", ["ddpm_dist.gone"]),
         (unknown_keys, "`optim.lr=1e-4`, `optim.rate=1`, `train.sbatch`, `data.name`, `launch.submit`", [
             "optim.rate=1",
