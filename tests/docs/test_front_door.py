@@ -12,6 +12,12 @@ import ddpm_dist
 ROOT = Path(__file__).parents[2]
 
 
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 130
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 120
+
+
 def test_the_citation_names_this_version_and_this_licence() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
