@@ -405,7 +405,7 @@ def test_the_command_fetches_what_a_config_trains_on_even_if_training_may_not(
     tmp_path: Path, cifar10: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(f"data: {{name: cifar10, root: {tmp_path}, download: false}}\n")
+    file.write_text(f"data: {{name: cifar10, root: {tmp_path}, download: false, image_size: 16}}\n")
     assert fetch(["--config", str(file)]) == 0
     output = capsys.readouterr().out
     assert f"cifar10 is now in {tmp_path / 'cifar-10-batches-py'}: 10 training images of 3 x 32 x 32" in output
