@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from documents import DOCUMENTS, ROOT, commands_in, configs_in_documents, split
+from PIL import Image
 
 import ddpm_dist
-from ddpm_dist.config import keys
+from ddpm_dist.config import keys, load_config
+from ddpm_dist.data.datasets import load
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.evaluation.pictures import save_curves, save_grid
 
 CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
 # Of a run directory, or of the reader: these are no files of the project.
@@ -163,6 +167,24 @@ def test_what_a_document_names_is_there(document: Path, check: Callable[[str], I
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     assert list(dead_links(document.read_text(encoding="utf-8"), document.parent)) == []
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_every_picture_is_shown() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    assert [path for path in (ROOT / "docs").rglob("*.png") if not any(f"{path.name})" in text for text in texts)] == []
+
+
+def test_the_pictures_of_the_quick_start_are_as_large_as_those_that_it_draws(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    images = torch.zeros(config.preview.num_images, *load(config.data).shape, dtype=torch.uint8)
+    save_grid(images, tmp_path / "digits.png")
+    save_curves([], tmp_path / "curves.png")
+    for name in ("digits.png", "curves.png"):
+        assert Image.open(tmp_path / name).size == Image.open(ROOT / "docs" / f"quickstart-{name}").size, name
 
 
 def test_every_promise_names_files_that_hold_tests() -> None:
