@@ -56,9 +56,7 @@ class DataConfig:
     root: str = key("data", "where the images lie; only a download ever writes here", free=True)
     download: bool = key(True, "fetch the data set into data.root if it is not there", free=True)
     batch_size: int = key(128, "images per step over ALL ranks", minimum=1)
-    image_size: int | None = key(
-        None, "height and width in pixels: resize, then centre crop (null: as they are; folder needs it)", minimum=4
-    )
+    image_size: int | None = key(None, "resize and centre-crop to this height and width (null: as they are)", minimum=4)
     channels: Literal["auto", "1", "3"] = key(
         "auto", "1: grey, 3: RGB (auto: as the images are; a folder is grey if each of its pictures is, at step 0)"
     )
@@ -94,8 +92,8 @@ class DiffusionConfig:
     """The forward process, and what the network predicts."""
 
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
-    schedule: str = key("linear", "shape of the betas", named=True)
-    prediction: str = key("eps", "what the network predicts; eps: the noise, v: a mixture", named=True)
+    schedule: str = key("linear", "how the noise grows with t; linear, or cosine for small images", named=True)
+    prediction: str = key("eps", "what the network predicts; eps: the noise, v: noise minus image", named=True)
     beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
     beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
 

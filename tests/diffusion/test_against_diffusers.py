@@ -15,7 +15,7 @@ from eps_samplers import ddim_sample, ddim_step, ddpm_sample
 from torch import Tensor
 
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.schedules import linear_betas
+from ddpm_dist.diffusion.schedules import cosine_betas, linear_betas
 
 T = 1000
 SCHEDULE = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -67,6 +67,14 @@ def diffusion() -> GaussianDiffusion:
 
 def test_betas_equal_the_linear_schedule(diffusion: GaussianDiffusion) -> None:
     torch.testing.assert_close(diffusion.betas, DDPMScheduler(T, **SCHEDULE).betas, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 50, T, 4000])
+def test_cosine_betas_equal_those_of_diffusers(num_timesteps: int) -> None:
+    theirs = DDPMScheduler(num_timesteps, beta_schedule="squaredcos_cap_v2").betas
+    betas = cosine_betas(num_timesteps)
+    assert betas.dtype == torch.float64
+    torch.testing.assert_close(betas.float(), theirs, rtol=1e-5, atol=1e-8)
 
 
 def test_alphas_cumprod_equal_the_schedulers_own_float32_table(diffusion: GaussianDiffusion) -> None:
