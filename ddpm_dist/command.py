@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
@@ -50,6 +52,24 @@ def exit_codes(usual: Sequence[int], own: Mapping[int, str]) -> str:
     """
     meanings = {**{code: _MEANINGS[code] for code in usual}, **own}
     return "\n".join(["exit codes:", *(f"  {code:>3}  {meanings[code]}" for code in sorted(meanings))])
+
+
+def as_typed(program: str) -> str:
+    """How a person starts a program of this Python's environment from the shell and folder that this process is in.
+
+    Args:
+        program: like `python` or `mlflow`.
+
+    Returns:
+        The bare name if the shell finds this very program by it; else its path, relative if it lies below this folder,
+        with quotes where the shell needs them.
+    """
+    here = Path(sys.executable).parent
+    found = shutil.which(program)
+    if (found is not None and Path(found).parent == here) or not (here / program).exists():
+        return program
+    path = here / program
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def one_line(error: Exception) -> tuple[int, str] | None:

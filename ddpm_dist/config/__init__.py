@@ -17,7 +17,7 @@ from ddpm_dist.config.schema import (
     loader_workers,
     to_flat,
 )
-from ddpm_dist.config.writing import changes, describe_keys, to_yaml
+from ddpm_dist.config.writing import changes, describe_keys, to_yaml, unlike_the_defaults
 
 __all__ = [
     "CheckpointConfig",
@@ -36,4 +36,5 @@ __all__ = [
     "loader_workers",
     "to_flat",
     "to_yaml",
+    "unlike_the_defaults",
 ]

@@ -1,8 +1,9 @@
-"""A config as text: as YAML, as the list of all keys, and how it differs from another one."""
+"""A config as text: as YAML, as the list of all keys, and how it differs from the defaults or from another one."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from typing import Literal
 
@@ -14,6 +15,13 @@ from ddpm_dist.config.schema import Config, keys, to_flat
 def to_yaml(config: Config) -> str:
     """The config as YAML with every key. `load_config` makes an equal config of it."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False)
+
+
+def unlike_the_defaults(config: Config) -> list[str]:
+    """`key=value` for each key whose value is not the default."""
+    default = to_flat(Config())
+    different = {name: value for name, value in to_flat(config).items() if value != default[name]}
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in different.items()]
 
 
 def describe_keys() -> str:

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+from ddpm_dist.command import as_typed
 from ddpm_dist.config import Config
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
@@ -65,7 +66,7 @@ def how_to_look(directory: RunDirectory) -> str:
         return link or without_password(address)
     if address.startswith("databricks"):  # its pages have addresses of their own
         return address
-    command = f"mlflow ui --backend-store-uri {shlex.quote(without_password(address))}"
+    command = f"{as_typed('mlflow')} ui --backend-store-uri {shlex.quote(without_password(address))}"
     return f"{command}\n{' ' * 12}then open {link}" if link else command
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+ESTIMATE_SECONDS = 3.0  # so long the speed is measured before the first word on how long the run will take
 
 
 class Progress:
@@ -21,7 +22,8 @@ class Progress:
 
     def __init__(self, start: int, target: int) -> None:
         self._target = target
-        self._start, self._started, self._last_line = start, time.monotonic(), 0.0
+        self._since: tuple[int, float] | None = None  # step and time of the first figures; the steps before are slower
+        self._last_line, self._estimated = 0.0, False
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(initial=start, total=target, unit="step", dynamic_ncols=True)
@@ -35,18 +37,32 @@ class Progress:
 
     def update(self, record: dict[str, Any]) -> None:
         """Show the figures of a line of metrics.jsonl: step, epoch, loss, learning rate, speed, and the time left."""
-        step = record["step"]
+        step, now = record["step"], time.monotonic()
+        if self._since is None:
+            self._since = step, now
+        left = self._left(step, now)
+        if not self._estimated and now - self._since[1] >= ESTIMATE_SECONDS:
+            self._estimated = True
+            self.say(f"on this machine it takes about {left} more to step {self._target}")
         figures = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s"
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(figures)
             return
-        now = time.monotonic()
         if now - self._last_line >= LINE_SECONDS or step == self._target:
             self._last_line = now
-            seconds = (now - self._started) / max(1, step - self._start) * (self._target - step)
-            left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-            self.say(f"step {step}/{self._target}  epoch {record['epoch']:.2f}  {figures}  {left} left")
+            ending = f"  {left} left" if left else ""
+            self.say(f"step {step}/{self._target}  epoch {record['epoch']:.2f}  {figures}{ending}")
+
+    def _left(self, step: int, now: float) -> str:
+        """The time left at the speed so far, for a person; empty if there is no speed yet."""
+        first_step, first_time = self._since or (step, now)
+        if step == first_step:
+            return ""
+        seconds = (now - first_time) / (step - first_step) * (self._target - step)
+        if seconds < 90:
+            return f"{seconds:.0f} s"
+        return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
     def close(self) -> None:
         """Leave the terminal to others."""

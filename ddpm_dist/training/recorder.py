@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import textwrap
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
 import ddpm_dist
-from ddpm_dist.config import Config, to_yaml
+from ddpm_dist.config import Config, unlike_the_defaults
 from ddpm_dist.errors import ExitCode
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.vote import Wish
@@ -157,7 +158,7 @@ def rank_zero_recorder(
     progress = Progress(point.step, attempt.target)
     journal = Journal(attempt.directory.metrics_file, attempt.check)
     saver = Saver(store, config.checkpoint, journal.sync, attempt.committed, progress.say, attempt.saved_step)
-    progress.say(to_yaml(config).rstrip())
+    progress.say(_what_was_chosen(config, attempt))
     for change in point.changed:
         progress.say(f"changed: {change}")
     begun = f"resumes at step {point.step}" if point.step else "starts at step 0"
@@ -175,6 +176,15 @@ def rank_zero_recorder(
         saver.settle()  # a save that ends later would write "running" into status.json over what comes next
         progress.close()
         journal.close()
+
+
+def _what_was_chosen(config: Config, attempt: Attempt) -> str:
+    """The keys whose values are not the defaults, and the file that has all keys, as lines for a person."""
+    file, chosen = attempt.directory.config_file, unlike_the_defaults(config)
+    if not chosen:
+        return f"{file}: every key has its default"
+    keys = textwrap.wrap(" ".join(chosen), width=110, break_long_words=False, break_on_hyphens=False)
+    return "\n  ".join([f"{file}: every key has its default but for", *keys])
 
 
 def manifest_facts(attempt: int, world_size: int, contract: dict[str, Any]) -> dict[str, Any]:

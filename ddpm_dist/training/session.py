@@ -18,7 +18,6 @@ from ddpm_dist.data import datasets
 from ddpm_dist.data.batches import iterate
 from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested
-from ddpm_dist.evaluation.pictures import save_curves
 from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
 from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
@@ -29,13 +28,13 @@ from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.preemption import StopSignal
 from ddpm_dist.run.store import CheckpointStore
-from ddpm_dist.tracking.journal import read_metrics
 from ddpm_dist.training.assembly import build_trainer
 from ddpm_dist.training.canary import canary
 from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
+from ddpm_dist.training.ending import conclude, name_of
 from ddpm_dist.training.loop import Loop
 from ddpm_dist.training.precision import configure_backends
-from ddpm_dist.training.recorder import RankZeroRecorder, Recorder, SilentRecorder, rank_zero_recorder
+from ddpm_dist.training.recorder import Recorder, SilentRecorder, rank_zero_recorder
 from ddpm_dist.training.resume import find_resume_point, settle_contract
 from ddpm_dist.training.step import Trainer
 from ddpm_dist.training.tasks import TASKS, Clock, Save, TaskContext
@@ -74,7 +73,7 @@ def run_session(config: Config, env: RankEnvironment, stop: StopSignal) -> ExitC
     try:
         ending = _train(config, ranks, stop, attempt)
     except StopRequested:
-        attempt.stop_early(f"stopped by {_signal(stop)} before its first step")
+        attempt.stop_early(f"stopped by {name_of(stop)} before its first step")
         ending = Ending(ExitCode.PREEMPTED)
     except BaseException as raised:
         _fail(raised, ranks, attempt)
@@ -114,7 +113,7 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     attempt.begin(config)
     with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
         code = _build_and_fit(config, ranks, attempt, images, contract, saved, recorder)
-        _conclude(code, stop, attempt, recorder)
+        conclude(code, stop, attempt, recorder)
     return Ending(code, recorder.deliver)
 
 
@@ -195,29 +194,6 @@ def _fit(
         parts = (trainer.placement.micro_batches(batch, trainer.reduction.num_micro_batches) for batch in coming)
         finished = Loop(trainer, parts, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
     return ExitCode.FINISHED if finished else ExitCode.PREEMPTED
-
-
-def _conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: RankZeroRecorder) -> None:
-    """Rank 0: write to disk and print how this attempt ended."""
-    directory, finished = attempt.directory, code == ExitCode.FINISHED
-    reason = "target reached" if finished else f"stopped: {recorder.why_stopped()}"
-    if not finished and not recorder.why_stopped():
-        reason = f"stopped by {_signal(stop)}"
-    if finished:
-        try:
-            save_curves(read_metrics(directory.metrics_file), directory.path / "curves.png")
-        except Exception as error:  # the run is safe on disk: a missing picture must not make it fail
-            recorder.say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
-    attempt.end(code, reason)
-    recorder.say(f"{directory.path}: {reason} at step {attempt.step}")
-    if finished:
-        pictures = [directory.samples / f"step-{attempt.step:08d}.png", directory.path / "curves.png"]
-        recorder.say(f"  pictures  {', '.join(str(path) for path in pictures if path.exists())}")
-        recorder.say(f"  run       {directory.path}  (more images: python -m ddpm_dist.sample {directory.path})")
-
-
-def _signal(stop: StopSignal) -> str:
-    return stop.received.name if stop.received else "a signal to another rank"
 
 
 def _fail(raised: BaseException, ranks: Ranks, attempt: Attempt) -> NoReturn:

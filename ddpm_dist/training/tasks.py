@@ -261,6 +261,7 @@ class Preview:
         self._context.attempt.check()
         try:
             save_grid(images, path)
+            self._context.recorder.say(f"step {self._context.trainer.step}: a grid of images is in {path}")
         except OSError as error:  # a missing picture must not stop the run
             self._context.recorder.say(f"warning: {path}: {error.strerror}")
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,8 @@ def test_experiment_that_another_run_has_just_made_is_used(root: Path, monkeypat
         ("databricks", "databricks"),
     ],
 )  # fmt: skip
-def test_way_to_the_run(tmp_path: Path, uri: str | None, expected: str) -> None:
+def test_way_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None, expected: str) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     directory = make_run(tmp_path, "run", *([f"tracking.uri={uri}"] if uri else []))
     assert "#/experiments" not in how_to_look(directory), "MLflow has no such run yet"
     Shipped(uri, run_id="abc", experiment_id="7").write(directory.mlflow_file)

@@ -93,7 +93,7 @@ def test_a_newcomer_finds_the_run_by_the_printed_command_and_link(chromium: str,
     options = ("tracking.enabled=true", "train.max_steps=12", "checkpoint.every=6", "tracking.experiment=first-steps")
     argv = [sys.executable, "-m", "ddpm_dist.train", *Job.argv(tmp_path, *options, name="newcomer")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True, cwd=ROOT)
-    printed = re.search(r"MLflow +(?P<command>mlflow ui .*?)\s+then open\s+(?P<link>http://\S+)", done.stdout)
+    printed = re.search(r"MLflow +(?P<command>\S*mlflow ui .*?)\s+then open\s+(?P<link>http://\S+)", done.stdout)
     assert printed, done.stdout
     port = free_port()
     link = printed["link"].replace("127.0.0.1:5000", f"127.0.0.1:{port}")
