@@ -22,8 +22,9 @@ import numpy as np
 from documents import ROOT, Entry, configs_in_documents
 from PIL import Image
 
-TINY = "model.channels=8 diffusion.num_timesteps=4 preview.steps=2 train.max_steps=20 optim.warmup_steps=1"
-TRAIN_TINY = f"python -m ddpm_dist.train --config configs/quickstart.yaml {TINY} checkpoint.every=10"
+TINY = "data.image_size=8 model.channels=8 diffusion.num_timesteps=4 optim.warmup_steps=1"
+SHORT = "train.max_steps=20 checkpoint.every=10 preview.num_images=4 preview.steps=2"
+TRAIN_TINY = f"python -m ddpm_dist.train --config configs/quickstart.yaml {TINY} {SHORT}"
 SECONDS = 300.0  # for any one command
 
 

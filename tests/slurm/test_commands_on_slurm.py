@@ -21,7 +21,7 @@ ENTRIES = [entry for entry in registry().values() if entry.slurm is not None]
 
 @pytest.fixture(scope="module")
 def cluster_with_gpus() -> Iterator[Cluster]:
-    with cluster_of("--nodes", "2", "--cpus", "4", "--gpus", "4") as cluster:
+    with cluster_of("--nodes", "2", "--cpus", "32", "--gpus", "4") as cluster:
         yield cluster
 
 
@@ -33,13 +33,13 @@ def test_a_command_works_as_printed(entry: Entry, cluster_with_gpus: Cluster, ch
     assert code == (entry.exit or 0), output
     for words in entry.slurm or ():
         assert re.search(words, output, re.MULTILINE), f"{words!r} is not in\n{output}"
-    if entry.trains:
-        try:
+    try:
+        if entry.trains:
             status = folder / entry.trains / "status.json"
             wait_until(status.exists, lambda: f"no attempt has begun\n{logs(folder)}", timeout=240)
-        finally:
-            cluster_with_gpus.run("scancel", "--user=root", "--signal=KILL")
-            cluster_with_gpus.run("scancel", "--user=root")
+    finally:
+        cluster_with_gpus.run("scancel", "--user=root", "--signal=KILL")
+        cluster_with_gpus.run("scancel", "--user=root")
 
 
 def logs(folder: Path) -> str:
