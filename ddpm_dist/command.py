@@ -3,26 +3,79 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+from ddpm_dist.config import nearest_key
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError, so that a wrong option ends with one line and exit code 78."""
+    """An ArgumentParser that raises ConfigError, so that a wrong option ends with one line and exit code 78.
 
-    def __init__(self, *, prog: str, description: str | None, **options: Any) -> None:
+    Args:
+        prog: the command, for its help.
+        description: what it does, for its help.
+        hints: what to write instead of an option that there is not, by the option as people write it, like `-p`.
+        options: of ArgumentParser.
+    """
+
+    def __init__(
+        self, *, prog: str, description: str | None, hints: Mapping[str, str] = MappingProxyType({}), **options: Any
+    ) -> None:
         super().__init__(prog=prog, description=description, formatter_class=_HelpFormatter, **options)
+        self._hints = hints
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ConfigError with argparse's message."""
-        raise ConfigError(f"command line: {message}; `{self.prog} --help` shows what is valid")
+        """Raise a ConfigError that says what argparse says, and what is valid."""
+        words = self._what_to_write(message) or f"{message}; `{self.prog} --help` shows what is valid"
+        raise ConfigError(f"command line: {words}")
+
+    def _what_to_write(self, message: str) -> str | None:
+        """The message in the words of all other messages, with what is valid; None where it is to stay as it is."""
+        if found := re.fullmatch(r"argument (\S+): invalid (int|float) value: '(.*)'", message):
+            number = {"int": "a whole number", "float": "a number"}[found[2]]
+            return f"{found[1]} {found[3]}: expected {number}"
+        if found := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = found[3].replace("'", "")
+            return f"{found[1]} {found[2]}: expected one of {choices}"
+        if found := re.fullmatch(r"argument (\S+): expected one argument", message):
+            return f"{found[1]}: its value is missing; expected {found[1]} {self._placeholder(found[1])}"
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
+            return self._instead_of(found[1])
+        return None
+
+    def _placeholder(self, option: str) -> str:
+        """What the help shows for the value of an option, like FILE."""
+        action = self._option_string_actions[option]
+        return str(action.metavar or action.dest.upper())
+
+    def _instead_of(self, word: str) -> str | None:
+        """What to write instead of an option, or a word, that this command does not take; None if nothing is near."""
+        option, equals, value = word.partition("=")
+        if option in self._hints:
+            return f"{option}: {self._hints[option]}"
+        if not option.startswith("-"):
+            return f"{word!r} is one word too many; `{self.prog} --help` shows what is valid"
+        shown = [name for name, each in self._option_string_actions.items() if each.help != argparse.SUPPRESS]
+        if near := difflib.get_close_matches(option, shown, n=1, cutoff=0.75):
+            return f"{option}: there is no such option; did you mean {near[0]}?"
+        key = nearest_key(option.lstrip("-").replace("-", "_")) if self._takes_keys() else None
+        if key is not None:
+            given = value if equals else "VALUE"
+            return f"{option}: keys of the config are written without dashes, here perhaps {key}={given}"
+        return None
+
+    def _takes_keys(self) -> bool:
+        return any("section.key=value" in str(action.metavar) for action in self._actions)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

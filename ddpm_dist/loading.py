@@ -17,7 +17,7 @@ from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.run.checkpoint import Checkpoint
-from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.run.directory import RunDirectory, no_run
 from ddpm_dist.run.store import CheckpointStore
 
 WEIGHTS: dict[str, Callable[[Checkpoint], Mapping[str, Tensor]]] = {
@@ -76,10 +76,8 @@ def load_run(
         ConfigError: the checkpoint's config has a key that this version does not know.
     """
     directory = RunDirectory(path)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such run directory")
     if not directory.config_file.exists():
-        raise DataError(f"{path}: no run here (no config.yaml)")
+        raise no_run(path)
     if weights not in WEIGHTS:
         raise DataError(f"{path}: no weights called {weights!r}; valid: {', '.join(WEIGHTS)}")
     store = CheckpointStore(directory.checkpoints)
@@ -88,7 +86,8 @@ def load_run(
     elif found := store.newest_valid():
         checkpoint = found.checkpoint
     else:
-        raise DataError(f"{directory.checkpoints}: no checkpoint yet")
+        every = directory.read_config().checkpoint.every
+        raise DataError(f"{directory.checkpoints}: no checkpoint yet; this run saves one every {every} steps")
     contract = checkpoint.contract
     config, device = from_flat(checkpoint.config), torch.device(device)
     try:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_dist.command import CommandLine, exit_codes, refuse
-from ddpm_dist.errors import ConfigError, DataError, UserError
+from ddpm_dist.errors import ConfigError, UserError
+from ddpm_dist.run.directory import RunDirectory, no_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,8 +71,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed}: expected at least 0")
     if args.out and not args.out.endswith("/") and Path(args.out).suffix not in ("", ".png", ".npz"):
         raise ConfigError(f"--out {args.out}: expected grid.png, images.npz or a folder/")
-    if not args.run_directory.is_dir():
-        raise DataError(f"{args.run_directory}: no such run directory")
+    if not RunDirectory(args.run_directory).config_file.exists():
+        raise no_run(args.run_directory)
 
 
 def _sample(args: argparse.Namespace) -> Path:
@@ -88,7 +89,10 @@ def _sample(args: argparse.Namespace) -> Path:
         raise ConfigError(f"--sampler {args.sampler}: expected one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[args.sampler]
     if args.steps is not None and not sampler.takes_steps:
-        raise ConfigError(f"--steps: not for --sampler {args.sampler}, which visits all timesteps")
+        raise ConfigError(
+            f"--steps {args.steps}: --sampler {args.sampler} visits all timesteps; leave --steps out, or give "
+            "--sampler ddim"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -97,7 +101,9 @@ def _sample(args: argparse.Namespace) -> Path:
     num_timesteps = run.process.num_timesteps
     steps = args.steps if args.steps is not None else min(50, num_timesteps)
     if not 1 <= steps <= num_timesteps:
-        raise ConfigError(f"--steps {steps}: expected 1 .. {num_timesteps}")
+        raise ConfigError(
+            f"--steps {steps}: expected 1 to {num_timesteps}, since the run has diffusion.num_timesteps={num_timesteps}"
+        )
 
     out = Path(args.out or run.directory.samples / f"{args.sampler}-seed{args.seed}-step-{run.step:08d}.png")
     total = num_model_calls(args.num, sampler, steps, num_timesteps)
@@ -118,7 +124,8 @@ def _sample(args: argparse.Namespace) -> Path:
             _probe(out, as_folder, args.num)
             _write(blocks, out, as_folder)
         except OSError as error:
-            raise ConfigError(f"--out {out}: cannot be written ({error.filename or out}: {error.strerror})") from None
+            reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+            raise ConfigError(f"--out {out}: cannot be written ({error.filename or out}: {reason})") from None
     return out
 
 
@@ -134,7 +141,10 @@ def _probe(out: Path, as_folder: bool, num: int) -> None:
     folder = out if as_folder else out.parent
     folder.mkdir(parents=True, exist_ok=True)
     if as_folder and any(path.stem.isdigit() and int(path.stem) >= num for path in folder.glob("*.png")):
-        raise ConfigError(f"--out {out}: holds more images than --num {num} already; give an empty folder")
+        raise ConfigError(
+            f"--out {out}: holds more images than --num {num} already, and all are left as they are; give an empty "
+            "folder"
+        )
     with tempfile.TemporaryFile(dir=folder):
         pass
 

@@ -56,7 +56,10 @@ def _sync(path: Path) -> str:
     try:
         return sync(directory)
     except NotDelivered as error:
-        failure = UserError(f"{path}: not delivered, nothing is lost, try again: {error}")
+        failure = UserError(
+            f"{path}: MLflow has not got all of this run; nothing is lost, and the same command delivers the rest "
+            f"later ({error})"
+        )
         failure.exit_code = ExitCode.SOFTWARE
         raise failure from None
 

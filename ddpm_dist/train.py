@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, exit_codes, refuse
+from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.output import drop_what_cannot_be_written
@@ -39,7 +39,8 @@ status.json in the run directory.
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
-    parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG)
+    resume = {"--resume": "there is no such option, and none is needed: the same command resumes the run"}
+    parser = CommandLine(prog="python -m ddpm_dist.train", description=__doc__, epilog=EPILOG, hints=resume)
     parser.add_argument("--config", metavar="FILE", help="YAML file with what differs from the defaults [none]")
     parser.add_argument("--dry-run", action="store_true", help="print the config with all its keys, and exit")
     parser.add_argument("--where", action="store_true", help="print the run directory, and exit")
@@ -89,8 +90,7 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
         rank = env.rank
         args = parse(argv)
         if args.help_config:
-            print(describe_keys())
-            return 0, rank
+            return _answer(describe_keys()), rank
         config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
         if args.dry_run and config.named_parts() != Config().named_parts():
@@ -100,11 +100,21 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
     except UserError as error:
         return _refuse(error, rank), rank
     if args.dry_run or args.where or args.for_sbatch:
-        if rank == 0:
-            text = _for_sbatch(config) if args.for_sbatch else to_yaml(config).rstrip()
-            print(config.directory if args.where else text)
-        return 0, rank
+        text = _for_sbatch(config) if args.for_sbatch else to_yaml(config).rstrip()
+        return _answer(str(config.directory) if args.where else text) if rank == 0 else 0, rank
     return _train(config, env), rank
+
+
+def _answer(text: str) -> int:
+    """Print what was asked for. Returns the exit code, by which a script notices that the answer was lost."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return nobody_reads()
+    except OSError as error:
+        nobody_reads()  # the rest of the text must not fail once more when Python ends
+        return refuse(OSError(error.errno, error.strerror, "standard output"))
+    return 0
 
 
 def _for_sbatch(config: Config) -> str:

@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 signal.signal(number, _leave)  # raises SystemExit, so that LocalRanks ends its ranks
         args = parse(argv)
         worlds = _read_worlds(args.worlds)
-        every = args.steps // (2 * (max(args.kills, 1) + 1))
-        if args.kills < 1 or every < 1:
-            raise ConfigError(
-                f"--kills {args.kills} --steps {args.steps}: expected at least 1 kill, and "
-                f"{2 * (max(args.kills, 1) + 1)} steps for that many"
-            )
+        if args.kills < 1:
+            raise ConfigError(f"--kills {args.kills}: expected at least 1 kill")
+        least = 2 * (args.kills + 1)
+        if args.steps < least:
+            raise ConfigError(f"--steps {args.steps}: expected at least {least} steps for --kills {args.kills}")
+        every = args.steps // least
         fixed = (
             f"train.max_steps={args.steps}",
             f"checkpoint.every={every}",
@@ -165,6 +165,8 @@ class Rehearsal:
     """
 
     def __init__(self, root: Path, command: list[str], *, steps: int, worlds: list[int], kills: int, seed: int) -> None:
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"--keep {root}: is a file; give a folder")
         for name in ("undisturbed", "disturbed"):
             if (root / name).exists():
                 raise ConfigError(f"--keep {root}: {root / name} exists already; give another folder")

@@ -113,8 +113,9 @@ def _ask(*what: str) -> str:
     except subprocess.TimeoutExpired:
         raise ConfigError(f"scontrol show {' '.join(what)}: SLURM's controller does not answer") from None
     if asked.returncode:
-        said = " ".join((asked.stderr or asked.stdout).split())
-        raise ConfigError(f"scontrol show {' '.join(what)}: {said}")
+        said = (asked.stderr or asked.stdout).strip().splitlines() or ["no reason given"]
+        hint = "; run it on a machine that submits jobs (a login node)" if what == ("config",) else ""
+        raise ConfigError(f"scontrol show {' '.join(what)}: {said[-1]}{hint}")
     return asked.stdout
 
 

@@ -18,7 +18,7 @@ from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from launch.checks import examine
 from launch.cluster import expand, read_cluster
-from launch.request import Request, add_arguments, from_arguments
+from launch.request import AS_SBATCH_HAS_IT, Request, add_arguments, from_arguments
 from launch.site import look
 
 USAGE = "%(prog)s [OPTIONS] [--config FILE] [section.key=value ...]"
@@ -28,7 +28,9 @@ EPILOG = exit_codes(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(prog="python -m launch.doctor", description=__doc__, usage=USAGE, epilog=EPILOG)
+    parser = CommandLine(
+        prog="python -m launch.doctor", hints=AS_SBATCH_HAS_IT, description=__doc__, usage=USAGE, epilog=EPILOG
+    )
     parser.add_argument("--on-node", action="store_true", help="probe the network and run.root from these ranks")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="how long to probe [20]")
     add_arguments(parser)

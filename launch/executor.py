@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpm_dist.errors import ConfigError
 from launch.batch import slurm_options
 from launch.request import Request
+from launch.task import Task
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor
@@ -47,8 +51,11 @@ def build_executor(
     python = {"slurm_python": request.python} if cluster == "slurm" and request.python else {}
     try:
         executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster, **python)
-    except RuntimeError as error:
-        raise ConfigError(f"--cluster {cluster}: {error}") from None
+    except RuntimeError:
+        raise ConfigError(
+            f"--cluster {cluster}: no srun here; run it on a machine that submits jobs (a login node), or give "
+            "--cluster local for this machine"
+        ) from None
     executor.update_parameters(
         name=request.config.run.name,
         nodes=request.nodes,
@@ -66,6 +73,25 @@ def build_executor(
         # None: the partition's default, where submitit's is 5 minutes; and no key that accounting might not know.
         executor._executor.update_parameters(time=request.minutes, wckey=None)
     return executor
+
+
+def submit(executor: AutoExecutor, tasks: Sequence[Task]) -> list[Any]:
+    """Hand the tasks over to SLURM, or start them. Returns their jobs, one for each task.
+
+    Raises:
+        ConfigError: sbatch refuses them, for instance because there is no such partition; or it does not answer.
+    """
+    from submitit.core.utils import FailedJobError
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    except FailedJobError as error:
+        words = "; ".join(str(error).splitlines()) or "no reason given"
+        raise ConfigError(f"nothing was submitted: {words}") from None
+    print(said.getvalue(), end="", file=sys.stderr)
+    return jobs
 
 
 def sbatch_text(executor: AutoExecutor, num_runs: int) -> str:

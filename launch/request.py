@@ -65,6 +65,20 @@ class Request:
         return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else str(self.gpus_per_node)
 
 
+# Options of sbatch that people know, and what they are called here.
+AS_SBATCH_HAS_IT = {
+    **{short: f"write --{name}" for short, name in (("-p", "partition"), ("-A", "account"), ("-q", "qos"))},
+    **{short: f"write --{name}" for short, name in (("-C", "constraint"), ("-x", "exclude"), ("-N", "nodes"))},
+    **{short: f"write --{name}" for short, name in (("-t", "time"), ("-c", "cpus-per-task"))},
+    "--ntasks-per-node": "write --tasks-per-node, the number of ranks on a node",
+    "--ntasks": "write --nodes and --tasks-per-node, the number of ranks on a node",
+    "-n": "write --nodes and --tasks-per-node, the number of ranks on a node",
+    "--gres": "write --gpus-per-node, as in --gpus-per-node a100:4",
+    "-J": "the job has the name of the run; write run.name=NAME",
+    "--job-name": "the job has the name of the run; write run.name=NAME",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file with what differs from the defaults [none]")
     overrides = parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -114,6 +128,8 @@ def from_arguments(args: argparse.Namespace) -> Request:
     _at_least("--tasks-per-node", tasks, 1)
     if gpus and tasks > gpus:
         raise ConfigError(f"--tasks-per-node {tasks}: more ranks than --gpus-per-node {gpus}; one rank uses one GPU")
+    if args.mem is not None and not re.fullmatch(r"\d+[KMGTkmgt]?", args.mem):
+        raise ConfigError(f"--mem {args.mem}: expected the memory of a node, like 32G or 500M")
     config = load_config(args.config, args.overrides)
     check_config(config, args.nodes * tasks)
     minutes = None if args.time is None else minutes_of("--time", args.time)
@@ -151,7 +167,7 @@ def minutes_of(option: str, text: str) -> int:
     """
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ConfigError(f"{option} {text}: is no time; valid are minutes, H:M:S and D-H:M:S, as sbatch takes them")
+        raise ConfigError(f"{option} {text}: is no time; valid are minutes, H:M:S and D-H:M:S, like 4:00:00")
     days, first, second, third = (int(group or 0) for group in match.groups())
     if match[1] is not None:
         seconds = ((days * 24 + first) * 60 + second) * 60 + third
@@ -160,7 +176,7 @@ def minutes_of(option: str, text: str) -> int:
     else:
         seconds = first * 60 + second
     if seconds == 0:
-        raise ConfigError(f"{option} {text}: is no time at all")
+        raise ConfigError(f"{option} {text}: expected more than 0; leave {option} out to set no such limit")
     return -(-seconds // 60)
 
 

@@ -18,9 +18,9 @@ from ddpm_dist.errors import ConfigError, UserError
 from launch.batch import LIFECYCLE, REQUEUE
 from launch.cluster import expand, read_cluster, sacct_answers
 from launch.cores import default_cores
-from launch.executor import build_executor, private_folder, sbatch_text
+from launch.executor import build_executor, private_folder, sbatch_text, submit
 from launch.follow import follow, follow_all
-from launch.request import Request, add_arguments, from_arguments
+from launch.request import AS_SBATCH_HAS_IT, Request, add_arguments, from_arguments
 from launch.sweep import grid
 from launch.task import Task
 
@@ -32,7 +32,9 @@ With --wait or --cluster debug also that of the run: 65, 75 or 76, and 0 if it i
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandLine(prog="python -m launch.submit", description=__doc__, usage=USAGE, epilog=EPILOG)
+    parser = CommandLine(
+        prog="python -m launch.submit", hints=AS_SBATCH_HAS_IT, description=__doc__, usage=USAGE, epilog=EPILOG
+    )
     parser.add_argument(
         "--cluster",
         choices=("slurm", "local", "debug"),
@@ -112,12 +114,12 @@ def _show(runs: Sequence[Request], text: str) -> int:
 
 
 def _submit(request: Request, runs: Sequence[Request], args: argparse.Namespace) -> int:
-    folder = private_folder(request, make=not args.dry_run)
+    folder = private_folder(request, make=False)
     executor = build_executor(request, runs, folder, cluster=args.cluster, at_once=args.at_once)
     if args.dry_run:
         return _show(runs, sbatch_text(executor, len(runs)) if args.cluster == "slurm" else "")
-    with executor.batch():
-        jobs = [executor.submit(Task(tuple(arguments_of(run)))) for run in runs]
+    private_folder(request, make=True)
+    jobs = submit(executor, [Task(tuple(arguments_of(run))) for run in runs])
     for job, run in zip(jobs, runs, strict=True):
         print(f"job {job.job_id}: {run.config.directory}")
         print(f"  log     {job.paths.stdout}")

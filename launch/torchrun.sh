@@ -8,11 +8,14 @@ set -euo pipefail
 [ -e /dev/fd/1 ] || exec 1>/dev/null
 [ -e /dev/fd/2 ] || exec 2>/dev/null
 
+refuse() { echo "$1" >&2 || true; exit 78; }
 python=${PYTHON:-python}
-if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ddpm_dist") is None)'; then
-    echo "error: ddpm_dist is not installed for $python; in the checkout: pip install -e . (or make install)" >&2 || true
-    exit 78
-fi
+command -v "$python" >/dev/null || refuse "error: $python: there is no such program; set PYTHON to one, like PYTHON=python3"
+"$python" -c 'import sys; from importlib.util import find_spec as find; sys.exit(not (find("ddpm_dist") and find("torch")))' ||
+    refuse "error: ddpm_dist is not installed for $python; in the checkout: pip install -e . (or make install)"
+case ${NPROC:-1} in
+    *[!0-9]* | 0*) refuse "error: NPROC=$NPROC: expected a number of ranks, like NPROC=2" ;;
+esac
 if [ -z "${NPROC:-}" ]; then
     gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # empty hides all of them

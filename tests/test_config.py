@@ -422,7 +422,7 @@ def test_keys_that_only_just_agree_are_accepted(overrides: list[str]) -> None:
     "name", ["..", ".", "a/b", "/a", "../a", "a/..", ".hidden", "-x", "a b", "é", "a\\b", "x" * 201, "a\x00b"]
 )
 def test_run_name_is_one_plain_directory_name(name: str) -> None:
-    assert refusal(f"run.name={name}").startswith(f"run.name={name}: expected one directory name")
+    assert refusal(f"run.name={name}").startswith(f"command line: run.name={name}: expected one directory name")
 
 
 @pytest.mark.parametrize("name", ["mnist", "2026-01-01", "lr=1e-4,seed=0", "_x", "a.b", "x" * 200])

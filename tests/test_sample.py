@@ -71,7 +71,7 @@ def test_default_grid_is_the_runs_own_last_preview(run: Path, capsys: pytest.Cap
     ("arguments", "code", "words"),
     [
         (["--num", "0"], 78, "--num 0"),
-        (["--steps", "21"], 78, "1 .. 20"),
+        (["--steps", "21"], 78, "1 to 20"),
         (["--sampler", "ddpm", "--steps", "3"], 78, "--steps"),
         (["--seed", "-1"], 78, "--seed"),
         (["--step", "77"], 65, "no checkpoint of step 77; there are: "),

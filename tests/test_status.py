@@ -142,7 +142,7 @@ def test_where_there_is_no_run_one_line_says_so_and_the_others_are_shown(
     assert any(line.startswith(f"{finished}: finished") for line in said)
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
-    assert errors[0] == f"error: {tmp_path / 'none'}: no run here (no config.yaml, status.json or attempts)"
+    assert errors[0] == f"error: {tmp_path / 'none'}: no such run directory"
 
 
 def test_mistakes_on_the_command_line_get_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,8 @@
-"""What a user sees of a mistake: the right exit code, and one line that names the thing to mend; never a traceback."""
+"""What a user sees of a mistake: the right exit code, and one line that names the thing to mend; never a traceback.
+
+Most mistakes stand in the table of mistakes.txt. Here are those that need several ranks, links, damaged or hostile
+files.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Job, committed, metrics, snapshot, start, status, train
+from harness import committed, metrics, snapshot, start, status, train
 
 from ddpm_dist.config import DataConfig
 from ddpm_dist.data.datasets import IDX_FILES, load
@@ -125,45 +129,6 @@ def truncate(path: Path) -> None:
 # Configuration
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("optm.lr=1", ["optm.lr", "'optim.lr'"]),
-        ("optim.lr=fast", ["optim.lr=fast", "a number"]),
-        ("data.batch_size=-8", ["data.batch_size=-8", "at least 1"]),
-        ("data.batch_size=100", ["data.batch_size=100", "elastic.shards=8"]),
-        ("run.name=../escape", ["run.name=../escape", "no .."]),
-        ("run.name=..", ["run.name=..", "no .."]),
-        ("lonely", ["'lonely'", "section.key=value"]),
-    ],
-)
-def test_wrong_override(tmp_path: Path, argument: str, words: list[str]) -> None:
-    assert_refused(command(f"run.root={tmp_path / 'runs'}", argument), 78, *words)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("optim: {lr: 1e-3}\nema: {}\noptim: {lr: 1e-4}\n", [":3", "optim is given twice", ":1"]),
-        ("optim:\n  lr: 1e-3\n  lr: 1e-4\n", [":3", "optim.lr is given twice", ":2"]),
-        ("optim: {lr: no}\n", [":1", "optim.lr=no", "a number"]),
-        ("optim:\n  learnrate: 1\n", [":2", "optim.learnrate"]),
-        ("optim: [\n", ["not valid YAML"]),
-        ("optim: !!python/object/apply:os._exit [3]\n", [":1"]),
-        ("run: " + "[" * 3000, ["not valid YAML"]),
-    ],
-)
-def test_wrong_config_file(tmp_path: Path, text: str, words: list[str]) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(text)
-    assert_refused(command("--config", str(file)), 78, file, *words)
-
-
-def test_missing_config_file(tmp_path: Path) -> None:
-    assert_refused(command("--config", str(tmp_path / "none.yaml")), 78, tmp_path / "none.yaml", "no such file")
-
-
 def test_impossible_number_of_ranks_is_said_once_for_all(tmp_path: Path) -> None:
     line = refused(78, 3, tmp_path, words=["3 ranks", "elastic.shards=4", "1, 2, 4"])
     assert "8" not in line
@@ -211,11 +176,6 @@ def test_fewer_images_than_one_step_needs(tmp_path: Path, pixels: np.ndarray) ->
     refused(65, 1, tmp_path, *overrides, words=["7 images", "data.batch_size=8"])
 
 
-def test_a_folder_of_no_images(tmp_path: Path) -> None:
-    overrides = ("data.name=folder", "data.image_size=8", f"data.root={tmp_path / 'none'}")
-    refused(65, 1, tmp_path, *overrides, words=[f"data.root={tmp_path / 'none'}", "no such folder"])
-
-
 def test_other_images_than_the_run_was_trained_on(root: Path, pixels: np.ndarray) -> None:
     other = pixels.copy()
     other[63, 27, 27] ^= 1
@@ -244,11 +204,6 @@ def test_run_root_that_cannot_be_made(tmp_path: Path, world_size: int) -> None:
     impossible = tmp_path / "file" / "runs"
     refused(78, world_size, tmp_path, f"run.root={impossible}", words=[f"run.root={impossible}"])
     assert (tmp_path / "file").read_text() == "not a folder"
-
-
-def test_run_root_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    refused(78, 1, tmp_path, f"run.root={tmp_path / 'file'}", words=[f"run.root={tmp_path / 'file'}"])
 
 
 def test_run_directory_that_is_a_file(tmp_path: Path) -> None:
@@ -420,39 +375,6 @@ def test_a_folder_that_nobody_may_enter(tmp_path: Path) -> None:
     refused(78, 1, tmp_path / "1", f"run.root={long}", words=["run.root=", "File name too long"])
     data = ("data.name=folder", "data.image_size=8", f"data.root={long}")
     refused(65, 1, tmp_path / "2", *data, words=["data.root=", "File name too long"])
-
-
-# Sampling
-
-
-def test_sampling_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
-    for name in ("none", "empty", "file"):
-        with Job(1, tmp_path / f"{name}.log", call_sample, ([str(tmp_path / name)],)) as job:
-            assert job.wait(60) == [65], job.output()
-            assert_one_line(job.output(), tmp_path / name)
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
-def test_sampling_to_where_nothing_can_be_written(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    out = tmp_path / "file" / "grid.png"
-    argv = [str(root / "run"), "--num", "1", "--steps", "1", "--out", str(out)]
-    with Job(1, tmp_path / "sample.log", call_sample, (argv,)) as job:
-        assert job.wait(60) == [78], job.output()
-        assert_one_line(job.output(), f"--out {out}")
-
-
-def test_a_folder_of_more_images_than_were_asked_for_is_not_mixed_with_others(root: Path, tmp_path: Path) -> None:
-    argv = [str(root / "run"), "--steps", "1", "--out", f"{tmp_path}/images/", "--num"]
-    with Job(1, tmp_path / "first.log", call_sample, ([*argv, "3"],)) as job:
-        assert job.wait(60) == [0], job.output()
-    before = snapshot(tmp_path / "images")
-    with Job(1, tmp_path / "second.log", call_sample, ([*argv, "2", "--seed", "1"],)) as job:
-        assert job.wait(60) == [78], job.output()
-        assert_one_line(job.output(), f"{tmp_path}/images", "--num 2")
-    assert snapshot(tmp_path / "images") == before
 
 
 def test_status_says_how_a_start_failed_before_its_first_step(root: Path) -> None:

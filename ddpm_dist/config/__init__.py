@@ -4,7 +4,7 @@ Nothing here imports torch, so that a mistake is refused at once, without the se
 """
 
 from ddpm_dist.config.checks import check_world_size, cosine_end
-from ddpm_dist.config.reading import load_config
+from ddpm_dist.config.reading import load_config, nearest_key
 from ddpm_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -34,6 +34,7 @@ __all__ = [
     "keys",
     "load_config",
     "loader_workers",
+    "nearest_key",
     "to_flat",
     "to_yaml",
     "unlike_the_defaults",

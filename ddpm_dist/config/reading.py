@@ -11,7 +11,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +35,17 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
         ConfigError: the message names the place, the key, the value and what would be valid.
     """
     values: dict[str, Any] = {}
-    for place, name, text in [*(_read_file(Path(file)) if file else ()), *_read_overrides(overrides)]:
+    places: dict[str, str] = {}
+    for place, name, text in [*(_read_file(Path(file)) if file else ()), *_read_overrides(list(overrides))]:
         values[name] = _convert(_known(name, place), text, place)
+        places[name] = place
     config = from_flat(values)
-    check_together(config)
+    try:
+        check_together(config)
+    except ConfigError as error:
+        named = [place for name, place in places.items() if f"{name}=" in str(error)]
+        where = ", ".join(dict.fromkeys(named))  # each place once; none if the defaults contradict each other
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
     return config
 
 
@@ -47,14 +54,7 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
 
     It reads the nodes of the YAML document and makes no Python objects of them, so that no tag can do any harm.
     """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    root = _compose(path)
     sections = [item.name for item in dataclasses.fields(Config)]
     found: list[tuple[str, str, str]] = []
     if root is None:
@@ -77,31 +77,92 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
     return found
 
 
+def _compose(path: Path) -> yaml.Node | None:
+    """The YAML document in the file; None if it is empty. Raises ConfigError."""
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file{_other_files(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"--config {path}: is a folder, not a YAML file{_files_in(path)}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: is no text (UTF-8); expected a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"--config {path}"
+        if problem and "'\\t'" in problem:
+            raise ConfigError(f"{where}: not valid YAML: a tab; indent with blanks") from None
+        raise ConfigError(
+            f"{where}: not valid YAML ({problem or ' '.join(str(error).split())}); "
+            "look at the indentation, the brackets, and the blank after each colon"
+        ) from None
+
+
+def _other_files(path: Path) -> str:
+    """What may have been meant by a file that is not there: one with a similar name, else what lies in its folder."""
+    names = sorted(str(other) for suffix in ("*.yaml", "*.yml") for other in path.parent.glob(suffix))
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return _files_in(path.parent) if path.parent.is_dir() else f", and no folder {path.parent.absolute()}"
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(str(path) for suffix in ("*.yaml", "*.yml") for path in folder.glob(suffix))
+    there = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"; there are {there}" if names else f" (no YAML file is in {folder.absolute()})"
+
+
 def _entries(path: Path, node: yaml.Node, prefix: str) -> list[tuple[str, str, yaml.Node]]:
     """(place, prefixed key, node) of each entry of a mapping. Refuses a key that is given twice."""
     where = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode) or node.tag != "tag:yaml.org,2002:map":
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'}: expected a mapping like `optim: {{lr: 2e-4}}`")
-    found: dict[str, tuple[str, str, yaml.Node]] = {}
+        found = f"found {_shortened(node.value)!r}, " if isinstance(node, yaml.ScalarNode) else ""
+        raise ConfigError(
+            f"{where}: {prefix.rstrip('.') or 'the file'}: {found}expected keys with values, like `optim: {{lr: 2e-4}}`"
+        )
+    entries: dict[str, tuple[str, str, yaml.Node]] = {}
     for name_node, value in node.value:
         place = f"{path}:{name_node.start_mark.line + 1}"
         if not isinstance(name_node, yaml.ScalarNode):
             raise ConfigError(f"{place}: a key must be a plain word")
         name = prefix + name_node.value
-        if name in found:
-            raise ConfigError(f"{place}: {name} is given twice (first at {found[name][0]})")
-        found[name] = (place, name, value)
-    return list(found.values())
+        if name in entries:
+            raise ConfigError(f"{place}: {name} is given twice (first at {entries[name][0]})")
+        entries[name] = (place, name, value)
+    return list(entries.values())
 
 
-def _read_overrides(overrides: Iterable[str]) -> list[tuple[str, str, str]]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
     found = []
-    for text in overrides:
+    for place, text in enumerate(overrides):
         name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"command line: {text!r}: expected section.key=value, for example optim.lr=1e-4")
+        if not equals or not name:
+            raise ConfigError(f"command line: {_instead_of(overrides, place)}")
         found.append(("command line", name.strip(), value.strip()))
     return found
+
+
+def _instead_of(words: Sequence[str], place: int) -> str:
+    """What is wrong with a word that is no section.key=value, and what to write."""
+    word, following = words[place], words[place + 1] if place + 1 < len(words) else ""
+    pieces = [word]  # of what a blank beside the = has torn apart
+    if place and words[place - 1].endswith("="):
+        pieces = [words[place - 1], word]
+    elif following.startswith("="):
+        pieces = list(words[place : place + (3 if following == "=" else 2)])
+    joined = "".join(pieces)
+    if joined.partition("=")[0] in keys() and len(pieces) > 1:
+        return f"{' '.join(pieces)!r}: there must be no blanks around the =; write {joined}"
+    if word.endswith((".yaml", ".yml")):
+        return f"{word!r} is no section.key=value; for a config file write --config {word}"
+    return f"{word!r}: expected section.key=value, for example optim.lr=1e-4"
 
 
 def _known(name: str, place: str) -> Key:
@@ -110,22 +171,43 @@ def _known(name: str, place: str) -> Key:
     return keys()[name]
 
 
-def _suggest(name: str) -> str:
-    """'; did you mean ...?' with the nearest key.
+def nearest_key(name: str) -> str | None:
+    """The key that is most likely meant by a name that is no key; None if none is near.
 
-    That is a key with the same last word, else one with a similar name, else one with a similar last word.
+    That is a key with the same last word, else one of the same section with a similar last word, else one with a
+    similar name, else one with a similar last word.
     """
-    last = name.rpartition(".")[2]
+    section, _, last = name.rpartition(".")
     by_word = {known.rpartition(".")[2]: known for known in keys()}
+    of_section = {known.rpartition(".")[2]: known for known in keys() if known.startswith(f"{section}.")}
     same_word = [known for known in keys() if known.endswith(f".{last}")]
     near = difflib.get_close_matches(name, same_word, n=1, cutoff=0.0)
-    near = near or difflib.get_close_matches(name, keys(), n=1, cutoff=0.5)
+    near = near or [of_section[word] for word in difflib.get_close_matches(last, of_section, n=1)]
+    near = near or difflib.get_close_matches(name, keys(), n=1, cutoff=0.8)
     near = near or [by_word[word] for word in difflib.get_close_matches(last, by_word, n=1)]
-    return _did_you_mean(near)
+    return near[0] if near else None
+
+
+def _suggest(name: str) -> str:
+    """'; did you mean ...?' with the nearest key, else the keys of its section, else where all keys are listed."""
+    near = nearest_key(name)
+    of_section = [known for known in keys() if known.startswith(f"{name.partition('.')[0]}.")]
+    if near is None and of_section:
+        return f"; valid: {', '.join(of_section)}"
+    return _did_you_mean([near] if near else [])
 
 
 def _did_you_mean(near: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; `--help-config` lists all keys"
+
+
+def _in_digits(text: str) -> str:
+    """', like 1000000' for `1e6`, which people write for large whole numbers; '' for what is no whole number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return f" in digits, like {int(number)}," if number.is_integer() and number < 1e15 else ""
 
 
 _BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
@@ -163,7 +245,7 @@ def _convert(item: Key, text: str, place: str) -> Any:
     try:
         value = wanted(text)
     except ValueError:
-        raise refuse(name) from None
+        raise refuse(f"{name}{_in_digits(text) if wanted is int else ''}") from None
     bounds = item.field.metadata
     if value != value or value in (float("inf"), float("-inf")):
         raise refuse("a finite number")

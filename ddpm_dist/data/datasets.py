@@ -97,7 +97,7 @@ def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor:
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "
-            f"data.batch_size={data.batch_size}; valid: multiples of elastic.shards up to {len(images)}"
+            f"data.batch_size={data.batch_size}; valid: at most {len(images)}, and a multiple of elastic.shards"
         )
     height, width = images.shape[1:]
     if height % divisor or width % divisor:

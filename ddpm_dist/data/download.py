@@ -35,7 +35,8 @@ def download_once(name: str, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         private = Path(tempfile.mkdtemp(prefix=".download-", dir=root))
     except OSError as error:
-        raise DataError(f"data.root={root}: cannot be written ({error.strerror}), so {name} cannot go there") from None
+        reason = "it is a file, not a folder" if root.is_file() else error.strerror
+        raise DataError(f"data.root={root}: cannot be written ({reason}), so {name} cannot go there") from None
     try:
         kind(str(private), train=True, download=True)
         for source in sorted(path for path in private.rglob("*") if path.is_file()):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ddpm_dist.data.images import Images, as_square
@@ -37,7 +37,10 @@ class ImageFolder(Images):
 
     def __init__(self, root: Path, image_size: int, channels: int | None = 3) -> None:
         if not root.is_dir():
-            raise DataError(f"data.root={root}: no such folder")
+            if root.exists():
+                raise DataError(f"data.root={root}: is a file; give the folder in which the pictures lie")
+            where = "" if root.is_absolute() else f" in {Path.cwd()}"
+            raise DataError(f"data.root={root}: no such folder{where}")
         self._files = _picture_files(root)
         if not self._files:
             raise DataError(f"data.root={root}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
@@ -137,7 +140,9 @@ def _errors_name(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message has the path once more
+        reason = "it is none, whatever its name says" if unknown else str(error)
+        raise DataError(f"{path}: cannot be read as an image ({reason}); mend it or remove it") from None
 
 
 def _picture_files(root: Path) -> list[Path]:

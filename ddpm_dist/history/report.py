@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
 from ddpm_dist.history.attempts import AttemptRecord, as_count, as_number, as_text, as_time, read_records
 from ddpm_dist.history.nodes import Suspicion, suspicious_nodes, why_nobody
-from ddpm_dist.run.directory import STATES, RunDirectory
+from ddpm_dist.run.directory import STATES, RunDirectory, no_run
 from ddpm_dist.run.files import read_json
 from ddpm_dist.tracking.journal import read_lines
 
@@ -113,7 +113,7 @@ def read_report(path: Path) -> Report:
     records = read_records(directory.attempts, status or {})
     if status is None and not records and not directory.config_file.exists():
         # A run whose only attempt failed before its first step has no config.yaml.
-        raise DataError(f"{path}: no run here (no config.yaml, status.json or attempts)")
+        raise no_run(path)
     return make_report(str(path), status or {}, records, read_logged(directory.metrics_file), _batch_size(directory))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import typing
 from collections.abc import Iterator
@@ -15,6 +16,35 @@ from ddpm_dist.run.files import TEMPORARY, read_json
 
 State = Literal["running", "preempted", "finished", "failed"]
 STATES = frozenset(typing.get_args(State))
+
+
+def no_run(path: Path) -> DataError:
+    """The error for a path at which there is no run. Its message says where there are runs, if any are near."""
+    if _is_run(path):
+        return DataError(f"{path}: no config.yaml yet; `python -m ddpm_dist.status {path}` says how far this run came")
+    inside = next((parent for parent in path.parents if _is_run(parent)), None)
+    if inside is not None:
+        return DataError(f"{path}: is a part of a run; give the run directory, {inside}")
+    if path.exists():
+        what = "no run here (no config.yaml, status.json or attempts)"
+        return DataError(f"{path}: {what}{_listed(_runs_in(path))}")
+    runs = _runs_in(path.parent)
+    near = difflib.get_close_matches(str(path), map(str, runs), n=1)
+    hint = f"; did you mean {near[0]}?" if near else _listed(runs)
+    return DataError(f"{path}: no such run directory{hint}")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "attempts").is_dir() or (path / "status.json").is_file()
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs of a folder, the newest first."""
+    return sorted(filter(_is_run, folder.glob("*")), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _listed(runs: list[Path]) -> str:
+    return f"; there are {', '.join(map(str, runs[:5]))}{', ...' * (len(runs) > 5)}" if runs else ""
 
 
 class RunDirectory:
@@ -100,7 +130,7 @@ class RunDirectory:
             ConfigError: config.yaml is not a valid config.
         """
         if not self.config_file.exists():
-            raise DataError(f"{self.path}: no run here (no config.yaml)")
+            raise no_run(self.path)
         return load_config(self.config_file)
 
     def reconcile(self, config: Config) -> list[str]:
@@ -125,8 +155,10 @@ class RunDirectory:
         """
         refused, free = changes(old, new)
         if refused:
+            saved = any(self.checkpoints.glob("*.json"))
+            remove = "" if saved else f"; it has no checkpoint yet, so {self.path} may also be removed"
             raise ConfigError(
                 f"{self.path} was started with another config: {'; '.join(refused)}. "
-                "Give the old values to go on, or another run.name to start anew"
+                f"No file of it was changed; give the old values to go on, or another run.name to start anew{remove}"
             )
         return free

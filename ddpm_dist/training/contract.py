@@ -146,5 +146,6 @@ def check_images(images: Images, contract: Mapping[str, Any], root: str) -> None
     for name, value in facts_of(images).items():
         if contract[name] != value:
             raise DataError(
-                f"data.root={root}: not the images that this run is trained on ({name}: {contract[name]} -> {value})"
+                f"data.root={root}: not the images that this run is trained on ({name}: {contract[name]} -> {value}); "
+                "give those images to go on, or another run.name to start anew"
             )

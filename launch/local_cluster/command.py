@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from .cluster import LocalCluster, bring_up, find_cluster
 from .drill import rehearse
@@ -178,10 +178,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"local-cluster: error: {message}; `slurm/{self.prog} --help` shows what is valid\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="local-cluster", description=__doc__, epilog=EPILOG, formatter_class=_HelpFormatter
-    )
+    parser = _Parser(prog="local-cluster", description=__doc__, epilog=EPILOG, formatter_class=_HelpFormatter)
     default = os.environ.get("LOCAL_SLURM_STATE") or os.path.join(tempfile.gettempdir(), "local-slurm")
     parser.add_argument("--state", type=Path, default=Path(default), help="beats LOCAL_SLURM_STATE (now: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

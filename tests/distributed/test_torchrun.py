@@ -92,15 +92,6 @@ def test_killed_launcher_takes_its_ranks_with_it(tmp_path: Path) -> None:
     assert status(run)["state"] == "preempted", "the ranks did not save before they ended"
 
 
-def test_error_in_the_config_is_said_once(tmp_path: Path) -> None:
-    with torchrun(tmp_path, "optim.lrr=3") as process:
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 78
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert lines == ["error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?"]
-    assert output.splitlines()[-1:] == lines, "nothing comes after the error"
-
-
 def assert_calm_end(output: str, root: Path, *overrides: str) -> None:
     """The last line is the command that goes on, and nothing of torchrun's own is shown."""
     typed = f"NPROC=2 PYTHON={sys.executable} {shlex.join(command(root, *overrides))}"
