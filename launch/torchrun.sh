@@ -21,7 +21,7 @@ if [ -z "${NPROC:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # empty hides all of them
         gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
     fi
-    cores=$(nproc)
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # nproc would take these for the number of cores
     if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=$((cores < 4 ? cores : 4)); fi
     # The ranks must divide the logical shards, which are 8 by default: 1, 2, 4 and 8 do.
     for n in 8 4 2 1; do if [ "$NPROC" -ge "$n" ]; then NPROC=$n; break; fi; done

@@ -76,3 +76,20 @@ def test_waiting_outlasts_a_signal_and_returns_the_exit_code() -> None:
     """
     done = subprocess.run(["bash", "-c", text], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "got it\ncode 7\n"
+
+
+def test_there_is_a_rank_for_each_core_whatever_openmp_is_told(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "ranks: $2"\n')
+    python.chmod(0o755)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(python),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["launch/torchrun.sh"], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    cores = len(os.sched_getaffinity(0))
+    assert done.stdout == f"ranks: {max(n for n in (1, 2, 4) if n <= cores)}\n"
