@@ -9,25 +9,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 SHIPPER = "ddpm_dist.tracking.delivery"
 
 
 @contextlib.contextmanager
-def mlflow_server(
-    place: Path, port: int, *options: str, environment: Mapping[str, str] | None = None
+def mlflow_server(place: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `mlflow server`, with its database, files and log in a folder. The processes are killed at the end."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
+    with server_process(command, place) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def server_process(
+    command: Sequence[str], place: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `mlflow server`, with its database, files and log in a folder. The processes are killed at the end.
+    """Start a command that becomes `mlflow server`, in a folder, with one worker. It is killed at the end.
 
     Args:
-        options: further ones of `mlflow server`.
-        environment: what the server gets beside the environment of this process.
+        environment: what it gets beside the environment of this process.
     """
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "files")]
-    command += options
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_WORKERS": "1"}
     with open(place / "server.log", "ab") as log:
         process = subprocess.Popen(
             command,
@@ -35,7 +41,7 @@ def mlflow_server(
             stdout=log,
             stderr=log,
             cwd=place,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(environment or {}),
+            env=os.environ | quiet | dict(environment or {}),
             start_new_session=True,
         )
     try:

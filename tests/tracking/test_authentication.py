@@ -1,6 +1,6 @@
 """A real MLflow server that asks for a user name and a password: who may write arrives, who may not is told why.
 
-The passwords are made up for this test, and the server listens on loopback only.
+The server is the one of docs/mlflow.md, on loopback and on a port of its own. The passwords are no secrets.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import commands_in
 from handmade import make_run, set_state
 from harness import Job, wait_until
-from mlflow_server import mlflow_server, shippers_of, wait_for_answer
+from mlflow_server import server_process, shippers_of, wait_for_answer
 
 from ddpm_dist import sync
 from ddpm_dist.errors import ExitCode
@@ -34,14 +36,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 REFUSED = r"does not accept .* \(401\); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-ADMIN, READER = ("admin", "a-long-password-1"), ("reader", "another-password-2")
-CONFIGURATION = """[mlflow]
-default_permission = READ
-database_uri = sqlite:///{place}/users.db
-admin_username = {admin}
-authorization_function = mlflow.server.auth:authenticate_request_basic_auth
-auth_cache_ttl_seconds = 600
-"""
+ADMIN, READER = ("admin", "choose-a-long-one"), ("reader", "another-password-2")
 
 
 @dataclass(frozen=True)
@@ -69,17 +64,21 @@ class Server:
         return list(self.post("runs/search", {"experiment_ids": ids}).get("runs", [])) if ids else []
 
 
+def typed(with_words: str, port: int) -> list[str]:
+    """The lines of the block of docs/mlflow.md that has these words, for a server on another port."""
+    commands = commands_in((ROOT / "docs" / "mlflow.md").read_text(encoding="utf-8"))
+    (block,) = {command.block for command in commands if with_words in command.text}
+    return [command.text.replace("5000", str(port)) for command in commands if command.block == block]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server with passwords that docs/mlflow.md starts, typed as printed there."""
     pytest.importorskip("flask_wtf", reason="the server wants it: pip install 'mlflow[auth]'")
     place, port = tmp_path_factory.mktemp("server"), free_port()
-    (place / "auth.ini").write_text(CONFIGURATION.format(place=place, admin=ADMIN[0]))
-    environment = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(place / "auth.ini"),
-        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1],
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "made up for this test",
-    }
-    with mlflow_server(place, port, "--app-name", "basic-auth", environment=environment) as process:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", "\n".join(["set -e", *typed("--app-name basic-auth", port)])]
+    with server_process(command, place, {"HOME": str(place), "PATH": path}) as process:
         wait_for_answer(process, place, port, timeout=300)
         found = Server(f"http://127.0.0.1:{port}")
         found.post("users/create", {"username": READER[0], "password": READER[1]})
@@ -113,12 +112,16 @@ def end_shippers(run: Path) -> None:
 def test_a_run_arrives_at_a_server_that_knows_its_user(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log_in(monkeypatch, ADMIN)
-    options = ("tracking.enabled=true", f"tracking.uri={server.uri}", "tracking.experiment=known", "train.max_steps=12")
+    *exports, last = typed("MLFLOW_TRACKING_USERNAME", int(server.uri.rpartition(":")[2]))
+    assert last.startswith("make train"), "which would take minutes"
+    options = ("tracking.enabled=true", "tracking.experiment=known", "train.max_steps=12")
     argv = [sys.executable, "-m", "ddpm_dist.train", *Job.argv(tmp_path, *options, name="known")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=500, cwd=ROOT)
+    shell = ["bash", "-c", "\n".join([*exports, shlex.join(argv)])]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     end_shippers(tmp_path / "known")
+    assert (tmp_path / "known" / "shipper.log").read_text() == "", "the page says how one sees that it works"
+    log_in(monkeypatch, ADMIN)
     assert sync.main([str(tmp_path / "known")]) == 0
     (run,) = server.runs("known")
     assert run["info"]["status"] == "FINISHED"
