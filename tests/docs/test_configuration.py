@@ -82,7 +82,7 @@ def refused(name: str, values: str) -> Iterator[str]:
         try:
             load_config(None, [f"{name}={value}"])
         except ConfigError as error:
-            if str(error).startswith("command line: "):  # other messages are about several keys together
+            if f"{name}={value}: expected" in str(error):  # other messages are about several keys together
                 yield str(error)
 
 
