@@ -24,6 +24,14 @@ class RankZeroFailed(Exception):
         self.exit_code = exit_code
 
 
+class OtherRankFailed(Exception):
+    """Another rank met an error and has printed it; rank 0 has recorded it, ends with the same code, prints nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another rank failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 class RankLost(RuntimeError):
     """Another rank is dead or hangs.
 

@@ -20,7 +20,7 @@ from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested
 from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
-from ddpm_dist.parallel.failures import Failure, RankZeroFailed, is_lost_contact
+from ddpm_dist.parallel.failures import Failure, OtherRankFailed, RankZeroFailed, is_lost_contact
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import shards_of
 from ddpm_dist.run.checkpoint import Checkpoint
@@ -201,11 +201,14 @@ def _fail(raised: BaseException, ranks: Ranks, attempt: Attempt) -> NoReturn:
 
     Raises:
         RankLost: in place of an error that only says that another rank is gone; it names the silent ranks.
+        OtherRankFailed: in place of that, on rank 0, if the other rank has said that trying again is of no use.
         BaseException: any other error, as it was raised.
     """
     try:
         error = ranks.lost(raised) if is_lost_contact(raised) else raised
-        _tell(error, ranks, attempt)
+        code = _tell(error, ranks, attempt)
+        if is_lost_contact(error) and code != ExitCode.SOFTWARE:
+            error = OtherRankFailed(code)
     finally:
         attempt.release()
     if ranks.failure_is_shared:
@@ -215,18 +218,23 @@ def _fail(raised: BaseException, ranks: Ranks, attempt: Attempt) -> NoReturn:
     raise error from raised
 
 
-def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> None:
-    """Record an error where others will look for it: rank 0 in the run directory, other ranks in the ranks' store."""
+def _tell(error: BaseException, ranks: Ranks, attempt: Attempt) -> int:
+    """Record an error where others will look for it: rank 0 in the run directory, other ranks in the ranks' store.
+
+    Returns:
+        The exit code that is recorded: on rank 0 that of another rank, if that one has said why it ends.
+    """
     code = int(getattr(error, "exit_code", ExitCode.SOFTWARE))
     reason = " ".join(f"{type(error).__name__}: {error}".split()) if code == ExitCode.SOFTWARE else str(error)
     if not ranks.is_zero:
         if not isinstance(error, RankZeroFailed) and not is_lost_contact(error):
             ranks.report_failure(code, reason)
-        return
+        return code
     failure = Failure(code, reason, getattr(error, "ranks", ()))
     if is_lost_contact(error):
         failure = ranks.reported_failure() or dataclasses.replace(failure, reason=str(error))
     attempt.fail(failure.exit_code, failure.reason, _node_at_fault(failure, ranks))
+    return failure.exit_code
 
 
 def _last_words(reason: str, silent: tuple[int, ...], ranks: Ranks, attempt: Attempt) -> None:
@@ -251,8 +259,8 @@ def _node_at_fault(failure: Failure, ranks: Ranks) -> str | None:
 
 
 def explain(error: Exception, rank: int) -> tuple[int, str]:
-    """(exit code, text to print) for an error that ends this rank. An empty text: rank 0 prints it."""
-    if isinstance(error, RankZeroFailed):
+    """(exit code, text to print) for an error that ends this rank. An empty text: another rank prints it."""
+    if isinstance(error, RankZeroFailed | OtherRankFailed):
         return error.exit_code, ""
     said = one_line(error)
     if said is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 import pytest
 from harness import call_train, committed, start, status, train, wait_until
 
+from ddpm_dist.data.batches import Batch, StepBatches
+from ddpm_dist.errors import DataError
 from ddpm_dist.history.attempts import read_records
 
 
@@ -102,3 +105,26 @@ def test_mlflow_and_the_user_learn_of_an_attempt_that_fails_before_its_first_ste
         assert "attempt 1 starts at step 0" in job.output()
     assert (tmp_path / "run" / "ships").exists()
     assert status(tmp_path / "run")["state"] == "failed"
+
+
+def train_with_a_picture_that_rank_1_cannot_read(argv: Sequence[str]) -> int:
+    sound = StepBatches.__getitem__
+
+    def one_is_damaged(self: StepBatches, step: int) -> Batch:
+        if os.environ["RANK"] == "1" and step == 3:
+            raise DataError("photos/7.png: cannot be read as an image")
+        return sound(self, step)
+
+    StepBatches.__getitem__ = one_is_damaged  # type: ignore[method-assign]
+    return call_train(argv)
+
+
+@pytest.mark.slow
+def test_rank_0_ends_with_the_exit_code_of_the_rank_whose_data_cannot_be_used(tmp_path: Path) -> None:
+    """A batch script looks at rank 0's code: after 70 it would try again, which is of no use here."""
+    with start(2, tmp_path, function=train_with_a_picture_that_rank_1_cannot_read) as job:
+        assert job.wait() == [65, 65], job.output()
+        errors = [line for line in job.output().splitlines() if line.startswith("error:")]
+    assert errors == ["error: photos/7.png: cannot be read as an image"]
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["exit_code"]) == ("failed", 65)
+    assert "photos/7.png" in status(tmp_path / "run")["reason"]
