@@ -25,7 +25,8 @@ from harness import Job, call_unread, snapshot, wait_for_step
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-TOOLS: tuple[str, ...] = (
+TOOLS = (
+    # Programs that the scripts call.
     "bash",
     "cat",
     "cut",
@@ -39,9 +40,17 @@ TOOLS: tuple[str, ...] = (
     "mktemp",
     "mv",
     "nproc",
+    "readlink",
     "rm",
+    "sed",
+    "sleep",
+    "sort",
+    "tail",
+    "touch",
+    "tr",
+    "uname",
+    "wc",
 )
-TOOLS += ("sed", "sleep", "sort", "tail", "touch", "tr", "uname", "wc")
 TINY = """\
 run: {name: tiny}
 data: {name: mnist5k, batch_size: 8}
@@ -283,11 +292,11 @@ def test_two_ranks_say_it_once(here: Path, arguments: str, code: int, says: str)
     """torchrun turns every exit code into 1, and launch/torchrun.sh gives the true one back."""
     command = f"--config tiny.yaml run.name=new {arguments}"
     by_torchrun, output = run_as_typed(f"torchrun --standalone --nproc_per_node 2 -m ddpm_dist.train {command}", here)
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == [says]
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [says], output
     assert by_torchrun == 1
     assert f"exitcode  : {code}" in output
     by_script, output = run_as_typed(f"NPROC=2 launch/torchrun.sh {command}", here)
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == [says]
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [says], output
     assert by_script == code
     assert "Traceback" not in output
     assert output.splitlines()[-1] == says, "nothing comes after the error"
