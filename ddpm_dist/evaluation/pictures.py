@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ddpm_dist.run.files import replacing
 
+SEEN_SIZE = 64  # pixels on a screen; a digit of 16 pixels is hard to see there
+
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write a PNG, which replaces `path` in one step.
@@ -33,6 +35,8 @@ def save_png(image: Tensor, path: Path) -> None:
 def save_grid(images: Tensor, path: Path) -> None:
     """Write the images as one PNG, in a grid that is as square as possible.
 
+    Small images are enlarged for the eye, each pixel to a square of so many pixels that an image gets up to SEEN_SIZE.
+
     Args:
         images: uint8 [N, C, H, W] in [0, 255], N at least 1, C = 1 or 3.
 
@@ -41,7 +45,9 @@ def save_grid(images: Tensor, path: Path) -> None:
     """
     from torchvision.utils import make_grid
 
-    save_png(make_grid(images, nrow=math.ceil(math.sqrt(len(images))), padding=2), path)
+    factor = max(1, SEEN_SIZE // max(images.shape[2:]))
+    seen = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    save_png(make_grid(seen, nrow=math.ceil(math.sqrt(len(images))), padding=2), path)
 
 
 def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
