@@ -32,7 +32,7 @@ def test_every_entry_of_the_registry_is_printed_by_a_document() -> None:
     assert gone == [], "no document prints these commands any more: remove them from tests/docs/commands.toml"
 
 
-@pytest.mark.parametrize("entry", registry().values(), ids=lambda entry: entry.text)
+@pytest.mark.parametrize("entry", registry().values(), ids=lambda entry: entry.text.splitlines()[0])
 def test_an_entry_says_one_thing(entry: Entry) -> None:
     assert entry.ways == 1, "one of run, until, slurm and reason"
     assert set(entry.blanks) <= {blank for blank in entry.blanks if blank in entry.text}
@@ -59,7 +59,7 @@ EXECUTED = [entry for entry in registry().values() if entry.run is not None or e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", EXECUTED, ids=lambda entry: entry.text)
+@pytest.mark.parametrize("entry", EXECUTED, ids=lambda entry: entry.text.splitlines()[0])
 def test_a_command_works_as_printed(entry: Entry, checkout: Path, tmp_path: Path) -> None:
     folder = copy_of(checkout, tmp_path / "ddpm_dist", entry)
     code, output = execute(folder, entry.filled(), until=entry.until)

@@ -25,7 +25,7 @@ def cluster_with_gpus() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.text)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.text.splitlines()[0])
 def test_a_command_works_as_printed(entry: Entry, cluster_with_gpus: Cluster, checkout: Path, tmp_path: Path) -> None:
     folder = copy_of(checkout, tmp_path / "ddpm_dist", entry)
     slurm = {"SLURM_CONF": cluster_with_gpus.environment["SLURM_CONF"]}
