@@ -184,7 +184,8 @@ def test_the_pictures_of_the_quick_start_are_as_large_as_those_that_it_draws(tmp
     save_grid(images, tmp_path / "digits.png")
     save_curves([], tmp_path / "curves.png")
     for name in ("digits.png", "curves.png"):
-        assert Image.open(tmp_path / name).size == Image.open(ROOT / "docs" / f"quickstart-{name}").size, name
+        shown = Image.open(ROOT / "docs" / f"quickstart-{name}").size
+        assert shown == Image.open(tmp_path / name).size, f"docs/quickstart-{name} is older than the quick start"
 
 
 def test_every_promise_names_files_that_hold_tests() -> None:
