@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 TRAINING_IMAGES = 350  # of each digit
 EARLY = 100
-NUM = 1000
+NUM = 600
 
 
 # Its arithmetic
