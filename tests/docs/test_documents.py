@@ -20,7 +20,7 @@ from ddpm_dist.evaluation.pictures import save_curves, save_grid
 CODE = "ddpm_dist", "launch", "slurm", "benchmarks", "tests", "configs", "docs"
 # Of a run directory, or of the reader: these are no files of the project.
 ELSEWHERE = {"config.yaml", "curves.png", "grid.png", "grid-ddpm.png", "pictures.yaml", "runs/mnist/config.yaml"}
-OPTIONS_OF_OTHERS = {"--shm-size"}  # docker's
+OPTIONS_OF_OTHERS = {"--shm-size", "--allowed-hosts"}  # of docker, and of mlflow server
 CODE_FILES = {".py", ".sh", ".sbatch", ".toml"}
 SUFFIXES = {".py", ".sh", ".sbatch", ".yaml", ".toml", ".md", ".png", ".txt"}
 

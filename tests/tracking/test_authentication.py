@@ -133,6 +133,20 @@ def test_a_run_arrives_at_a_server_that_knows_its_user(
     assert [link.partition("?")[2] for link in links] == ["workflowType=machine_learning"], "one link, that of the run"
 
 
+def test_a_user_whom_the_page_makes_may_write(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.post("experiments/create", {"name": "mnist"})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    log_in(monkeypatch, ADMIN)
+    command = "\n".join(typed("grant_user_permission", 5000)).replace("python ", f"{sys.executable} ", 1)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    options = (f"tracking.uri={server.uri}", "tracking.experiment=mnist")
+    directory = make_run(tmp_path, "of-mary", *options, state="finished")
+    log_in(monkeypatch, ("mary", "another-long-one"))
+    assert sync.main([str(directory.path)]) == 0
+    assert len(server.runs("mnist")) == 1
+
+
 @pytest.mark.parametrize(
     ("user", "expected"),
     [
