@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
+        print("stopped before all images were drawn", file=sys.stderr)
         return 130
     print(out)
     return 0
@@ -122,6 +123,8 @@ def _sample(args: argparse.Namespace) -> Path:
         try:
             as_folder = out.suffix == "" or str(args.out).endswith("/")
             _probe(out, as_folder, args.num)
+            height, width = run.image_shape[1:]
+            print(f"drawing {args.num} images of {height} x {width} from step {run.step}", file=sys.stderr, flush=True)
             _write(blocks, out, as_folder)
         except OSError as error:
             reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
-from ddpm_dist.config import Config
+from ddpm_dist.config import Config, DataConfig
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking.address import choose_uri
@@ -35,6 +35,7 @@ class Site:
         python_file_system: where the interpreter lies.
         tracking_uri: None where the runs are tracked in mlflow.db in run.root.
         tracking_trouble: why the server cannot be reached; empty if it can be.
+        missing_images: a file or folder of the data set that is not there; empty if nothing is missing.
         interfaces: the names of the network interfaces.
         environment: of the shell that is going to submit.
     """
@@ -48,6 +49,7 @@ class Site:
     python_file_system: str
     tracking_uri: str | None
     tracking_trouble: str
+    missing_images: str
     interfaces: tuple[str, ...]
     environment: dict[str, str]
 
@@ -78,6 +80,7 @@ def look(config: Config) -> Site:
         python_file_system=file_system_of(Path(sys.executable)),
         tracking_uri=uri,
         tracking_trouble=tracking_trouble,
+        missing_images=missing_images(config.data),
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         environment=dict(os.environ),
     )
@@ -93,6 +96,15 @@ def checkpoint_bytes(config: Config) -> int:
     with torch.device("meta"):
         model = build_model(config, IMAGE_SHAPE, 0, torch.device("meta"), channels_last=False)
     return STATE_COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def missing_images(data: DataConfig) -> str:
+    """The first file of the data set that is not in data.root, or the folder of pictures; empty if all is there."""
+    from ddpm_dist.data.datasets import DATASETS
+
+    root = Path(data.root)
+    wanted = [root] if data.name == "folder" else [root / file for file in DATASETS[data.name].files()]
+    return next((str(path) for path in wanted if not path.exists()), "")
 
 
 def measure(folder: Path, size: int) -> tuple[float, bool]:

@@ -33,8 +33,7 @@ def _what_next(directory: RunDirectory, attempt: Attempt, finished: bool) -> lis
     """What there is to look at, and the commands that a person may want next."""
     python = as_typed("python")
     if not finished:
-        left = attempt.target - attempt.step
-        return [f"resume    the same command again: it goes on at step {attempt.step + 1}, {left} steps before the end"]
+        return [f"resume    the same command again: it goes on after step {attempt.step} of {attempt.target}"]
     pictures = [directory.samples / f"step-{attempt.step:08d}.png", directory.path / "curves.png"]
     shown = ", ".join(str(path) for path in pictures if path.exists())
     return [

@@ -26,6 +26,7 @@ CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     interruptions.check_shutdown,
     surroundings.check_run_root,
     surroundings.check_space,
+    surroundings.check_images,
     surroundings.check_tracking,
     surroundings.check_network,
     surroundings.check_python,

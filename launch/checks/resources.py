@@ -26,7 +26,7 @@ def check_partition(case: Case) -> Iterator[Finding]:
 
 
 def check_nodes(case: Case) -> Iterator[Finding]:
-    """Whether enough nodes have all that is asked of a node, and which lack is to blame."""
+    """Whether enough nodes have all that is asked of a node, and what they lack."""
     request, nodes = case.request, case.nodes()
     gpus = f"{request.gpu_type} GPUs" if request.gpu_type else "GPUs"
     wanted: dict[str, tuple[int, Callable[[Fields], int]]] = {
@@ -34,14 +34,16 @@ def check_nodes(case: Case) -> Iterator[Finding]:
         gpus: (request.gpus_per_node, lambda node: gpus_of(node, request.gpu_type)),
         "MB of memory": (_megabytes(request.mem), lambda node: int(node.get("RealMemory", 0))),
     }
+    lacks: list[Finding] = []
     for what, (least, has) in wanted.items():
         enough = [name for name, node in nodes.items() if has(node) >= least]
-        if len(enough) < request.nodes:
+        if len(enough) < min(request.nodes, len(nodes)) or (len(nodes) < request.nodes and not lacks):
             most = max((has(node) for node in nodes.values()), default=0)
-            yield Finding(
-                "error", "nodes", f"{least} {what} a node asked for: {len(enough)} node(s) have them, at most {most}"
-            )
-            return
+            text = f"{least} {what} a node asked for: {len(enough)} node(s) have them, at most {most}"
+            lacks.append(Finding("error", "nodes", text))
+    yield from lacks
+    if lacks:
+        return
     if request.constraint and request.constraint.isidentifier():
         nodes = {n: f for n, f in nodes.items() if request.constraint in f.get("AvailableFeatures", "").split(",")}
         if len(nodes) < request.nodes:
@@ -59,6 +61,8 @@ def check_gpus(case: Case) -> Iterator[Finding]:
     request = case.request
     there = max((gpus_of(node, request.gpu_type) for node in case.nodes().values()), default=0)
     shards = request.config.elastic.shards
+    if request.gpus_per_node > there:
+        return  # check_nodes has said so
     if request.gpus_per_node > request.tasks_per_node:
         idle = request.gpus_per_node - request.tasks_per_node
         yield Finding("warning", "GPUs", f"{idle} of {request.gpus_per_node} a node stay idle: one rank uses one GPU")

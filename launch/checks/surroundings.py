@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from urllib.parse import urlparse
 
@@ -34,6 +35,21 @@ def check_space(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "space", f"{text} (checkpoint.keep_every)")
     else:
         yield Finding("ok", "space", f"{words} (quotas are not seen)")
+
+
+def check_images(case: Case) -> Iterator[Finding]:
+    """Whether the data set is where the job will look for it, as far as this machine sees the same folders."""
+    data, missing = case.request.config.data, case.site.missing_images
+    if not missing:
+        yield Finding("ok", "images", f"data.name={data.name} in {data.root}" if data.name != "mnist5k" else data.name)
+    elif data.name == "folder":
+        yield Finding("error", "images", f"data.root={missing}: no such folder")
+    else:
+        text = f"{missing}: missing; python -m ddpm_dist.fetch {data.name} data.root={shlex.quote(data.root)}"
+        if data.download:
+            yield Finding("warning", "images", f"{text}, since nodes without internet cannot fetch it")
+        else:
+            yield Finding("error", "images", text)
 
 
 def check_tracking(case: Case) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ SITE = Site(
     python_file_system="nfs4",
     tracking_uri="http://mlflow.example:5000",
     tracking_trouble="",
+    missing_images="",
     interfaces=("lo", "eth0"),
     environment={},
 )
@@ -74,7 +75,7 @@ def site(**facts: Any) -> Site:
 def test_nothing_is_wrong_with_a_healthy_request() -> None:
     findings = examine(request(), recorded(), SITE)
     assert {finding.level for finding in findings} == {"ok"}, [str(finding) for finding in findings]
-    assert len({finding.subject for finding in findings}) == 14
+    assert len({finding.subject for finding in findings}) == 15
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,19 @@ def test_nothing_is_wrong_with_a_healthy_request() -> None:
         ([], recorded, site(links_are_exclusive=False), "error", "run.root", ["link(2)"]),
         ([], recorded, site(free_bytes=300_000_000), "error", "space", ["0.3 GB free", "0.4 GB"]),
         (["checkpoint.keep_every=100"], recorded, SITE, "warning", "space", ["keep_every", "every 100 steps"]),
+        (
+            *([], recorded, site(missing_images="data/MNIST/raw/train-images-idx3-ubyte")),
+            *("warning", "images", ["data/MNIST/raw", "ddpm_dist.fetch mnist", "without internet"]),
+        ),
+        (["data.download=false"], recorded, site(missing_images="data/x"), "error", "images", ["data/x: missing"]),
+        (
+            *(
+                ["data.name=folder", "data.root=photos", "data.image_size=28", "data.num_workers=0"],
+                recorded,
+                site(missing_images="photos"),
+            ),
+            *("error", "images", ["data.root=photos", "no such folder"]),
+        ),
         ([], recorded, site(tracking_trouble="timed out"), "error", "MLflow", ["timed out"]),
         ([], recorded, site(tracking_uri="http://127.0.0.1:5000"), "error", "MLflow", ["another machine"]),
         ([], recorded, site(tracking_uri=None), "warning", "MLflow", ["SQLite on nfs4"]),
@@ -143,6 +157,15 @@ def test_each_misconfiguration_is_named(
     assert all(word in named[0].text for word in words), named[0]
     assert len(str(named[0]).splitlines()) == 1
     assert len(wrong) == 1 or seen.save_seconds > 10, [str(finding) for finding in wrong]
+
+
+def test_all_that_the_nodes_lack_is_named_and_nothing_is_said_to_be_there() -> None:
+    findings = examine(request("--gpus-per-node=4", "--cpus-per-task=9"), recorded(), SITE)
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    assert len(errors) == 2
+    assert "CPUs a node asked for: 0 node(s) have them, at most 4" in errors[0]
+    assert "4 GPUs a node asked for: 0 node(s) have them, at most 2" in errors[1]
+    assert not any(finding.subject == "GPUs" for finding in findings)
 
 
 def test_the_signal_of_a_preemption_is_told() -> None:
