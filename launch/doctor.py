@@ -1,7 +1,7 @@
 """Look whether a request can work on this cluster, before anything is queued.
 
     python -m launch.doctor --config configs/mnist.yaml --nodes 2 --gpus-per-node 4 --time 4:00:00
-    srun --nodes 2 --ntasks-per-node 4 python -m launch.doctor --on-node --config configs/mnist.yaml
+    srun OPTIONS python -m launch.doctor --on-node --config configs/mnist.yaml
 
 It takes the arguments of launch.submit, from the root of a checkout. Each line is ok, warning or
 error, with what to change. With --on-node, inside an allocation, it looks whether the ranks reach
@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ddpm_dist.command import CommandLine, exit_codes, refuse
+from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
 from ddpm_dist.errors import ConfigError, ExitCode, UserError
 from launch.checks import examine
 from launch.cluster import expand, read_cluster
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _probe(request, args.seconds) if args.on_node else _examine(request)
     except UserError as error:
         return refuse(error)
+    except BrokenPipeError:
+        return nobody_reads()
     except KeyboardInterrupt:
         return 130
 
@@ -55,7 +57,7 @@ def _examine(request: Request) -> int:
     excluded = expand(request.exclude) if request.exclude else frozenset[str]()
     findings = examine(request, cluster, look(request.config), excluded)
     for finding in findings:
-        print(finding)
+        print(finding, flush=True)
     return int(ExitCode.CONFIG) if any(finding.level == "error" for finding in findings) else 0
 
 

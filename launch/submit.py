@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _submit(request, runs, args)
     except UserError as error:
         return refuse(error)
+    except BrokenPipeError:
+        return nobody_reads()
     except KeyboardInterrupt:
         return 130
 
@@ -103,13 +105,10 @@ def arguments_of(request: Request) -> list[str]:
 
 def _show(runs: Sequence[Request], text: str) -> int:
     """The text that sbatch would be given, if any, and the resolved config of every run."""
-    try:
-        if text:
-            print(text)
-        for run in runs:
-            print(f"# {run.config.directory}\n{to_yaml(run.config)}", flush=True)
-    except BrokenPipeError:
-        return nobody_reads()
+    if text:
+        print(text)
+    for run in runs:
+        print(f"# {run.config.directory}\n{to_yaml(run.config)}", flush=True)
     return 0
 
 
