@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -84,7 +85,13 @@ class Shipper:
                 f"{server} does not permit this user to write into tracking.experiment="
                 f"{self._config.tracking.experiment} (403); its owner can give the permission EDIT"
             )
-        return without_password(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        text = " ".join(str(error).split())
+        if (
+            "Max retries exceeded" in text
+        ):  # what requests says of a server that cannot be reached, inside MLflow's text
+            reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)
+            return f"{server} does not answer ({reason[1] if reason else 'no connection'}); is it running?"
+        return without_password(f"{type(error).__name__}: {text[:500]}")
 
     def _note(self) -> None:
         self._shipped.write(self._directory.mlflow_file)

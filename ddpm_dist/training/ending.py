@@ -32,6 +32,8 @@ def conclude(code: ExitCode, stop: StopSignal, attempt: Attempt, recorder: RankZ
 def _what_next(directory: RunDirectory, attempt: Attempt, finished: bool) -> list[str]:
     """What there is to look at, and the commands that a person may want next."""
     python = as_typed("python")
+    if not finished and attempt.step == attempt.target:
+        return ["resume    all steps are trained; the same command again draws what is missing and ends the run"]
     if not finished:
         return [f"resume    the same command again: it goes on after step {attempt.step} of {attempt.target}"]
     pictures = [directory.samples / f"step-{attempt.step:08d}.png", directory.path / "curves.png"]
