@@ -98,7 +98,20 @@ def copy_of(checkout: Path, folder: Path, entry: Entry) -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """What a reader has after `. .venv/bin/activate`, on a machine without GPUs, with ports that nobody else uses."""
-    outer = ("SLURM", "SBATCH", "SRUN", "SALLOC", "PET_", "MASTER_", "OMP_", "MLFLOW_", "DDPM_", "PYTEST", "MAKE")
+    outer = (
+        "SLURM",
+        "SBATCH",
+        "SRUN",
+        "SALLOC",
+        "PET_",
+        "MASTER_",
+        "OMP_",
+        "MLFLOW_",
+        "DDPM_",
+        "PYTEST",
+        "MAKE",
+        "ARGS",
+    )
     found = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     found["PATH"] = os.pathsep.join((str(folder / ".venv" / "bin"), os.environ["PATH"]))
     found |= {"PYTHONPATH": str(folder), "VIRTUAL_ENV": str(folder / ".venv"), "CUDA_VISIBLE_DEVICES": ""}

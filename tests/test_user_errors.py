@@ -389,8 +389,8 @@ def test_status_says_how_a_start_failed_before_its_first_step(root: Path) -> Non
 @pytest.mark.parametrize(
     ("key", "valid"),
     [
-        ("diffusion.schedule", "linear"),
-        ("diffusion.prediction", "eps"),
+        ("diffusion.schedule", "linear, cosine"),
+        ("diffusion.prediction", "eps, v"),
         ("loss.weighting", "simple"),
         ("loss.timestep_sampler", "uniform"),
         ("model.name", "unet"),

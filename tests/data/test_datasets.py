@@ -167,7 +167,7 @@ def test_fewer_images_than_a_batch_are_refused_and_just_enough_are_not(tmp_path:
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     data = DataConfig(name="folder", root=str(tmp_path), image_size=8, batch_size=5)
     assert len(load(data)) == 5
-    refused(lambda: load(replace(data, batch_size=6)), "5 images", "data.batch_size=6", "up to 5")
+    refused(lambda: load(replace(data, batch_size=6)), "5 images", "data.batch_size=6", "at most 5")
 
 
 def test_images_that_the_unet_cannot_halve_twice_are_refused(tmp_path: Path) -> None:

@@ -60,8 +60,10 @@ def page_text(chromium: str, link: str, expected: str, profile: Path, timeout: f
 
 @contextlib.contextmanager
 def started(command: str, port: int, place: Path) -> Iterator[None]:
-    """The printed command, on a port of its own."""
-    argv = [sys.executable, "-m", *shlex.split(command), "--port", str(port), "--workers", "1"]
+    """The command that was printed in the project's folder, on a port of its own."""
+    program, *rest = shlex.split(command)
+    mlflow = [str(ROOT / program)] if "/" in program else [sys.executable, "-m", program]
+    argv = [*mlflow, *rest, "--port", str(port), "--workers", "1"]
     with open(place / "page.log", "wb") as log:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=place, start_new_session=True,
