@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_dist.config import Config
+from ddpm_dist.config import Config, named_parts
 from ddpm_dist.data.batches import StepBatches
 from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss
@@ -39,7 +39,7 @@ def check_names(config: Config) -> None:
     Raises:
         ConfigError: the message says the key, the value and what would be valid.
     """
-    for key, name in config.named_parts().items():
+    for key, name in named_parts(config).items():
         if name not in TABLES[key]:
             raise ConfigError(f"{key}={name}: expected one of {', '.join(TABLES[key])}")
     try:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
-from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, to_yaml
+from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, named_parts, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.output import drop_what_cannot_be_written
 from ddpm_dist.parallel.environment import RankEnvironment, read_environment, srun_wait_seconds
@@ -93,7 +93,7 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
             return _answer(describe_keys()), rank
         config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
-        if args.dry_run and config.named_parts() != Config().named_parts():
+        if args.dry_run and named_parts(config) != named_parts(Config()):
             from ddpm_dist.build import check_names  # it takes torch, and so two seconds
 
             check_names(config)

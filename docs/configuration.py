@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ddpm_dist.build import TABLES
 from ddpm_dist.config import Config, keys
-from ddpm_dist.config.schema import Key
+from ddpm_dist.config.flat import Key
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- `make docs` writes all that follows, from ddpm_dist/config/schema.py: change it there. -->\n"

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_dist.config import Config, check_world_size, load_config
+from ddpm_dist.config import Config, check_world_size, load_config, named_parts
 from ddpm_dist.errors import ConfigError
 
 SIGNAL = "USR2"  # NCCL may use USR1
@@ -112,7 +112,7 @@ def check_config(config: Config, world_size: int) -> None:
     """Raises ConfigError for what would end a job after its time in the queue: the number of ranks, unknown names."""
     check_world_size(config, world_size)
     # A login node may lack torch where jobs run in a container; then the job says it.
-    if config.named_parts() != Config().named_parts() and importlib.util.find_spec("torch") is not None:
+    if named_parts(config) != named_parts(Config()) and importlib.util.find_spec("torch") is not None:
         from ddpm_dist.build import check_names
 
         check_names(config)

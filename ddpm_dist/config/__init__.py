@@ -4,6 +4,7 @@ Nothing here imports torch, so that a mistake is refused at once, without the se
 """
 
 from ddpm_dist.config.checks import check_world_size, cosine_end
+from ddpm_dist.config.flat import from_flat, keys, named_parts, to_flat
 from ddpm_dist.config.reading import load_config, nearest_key
 from ddpm_dist.config.schema import (
     CheckpointConfig,
@@ -12,10 +13,7 @@ from ddpm_dist.config.schema import (
     ElasticConfig,
     OptimConfig,
     TrainConfig,
-    from_flat,
-    keys,
     loader_workers,
-    to_flat,
 )
 from ddpm_dist.config.writing import changes, describe_keys, to_yaml, unlike_the_defaults
 
@@ -34,6 +32,7 @@ __all__ = [
     "keys",
     "load_config",
     "loader_workers",
+    "named_parts",
     "nearest_key",
     "to_flat",
     "to_yaml",

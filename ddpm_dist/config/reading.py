@@ -18,7 +18,8 @@ from typing import Any, Literal
 import yaml
 
 from ddpm_dist.config.checks import check_together
-from ddpm_dist.config.schema import Config, Key, from_flat, keys
+from ddpm_dist.config.flat import Key, from_flat, keys
+from ddpm_dist.config.schema import Config
 from ddpm_dist.errors import ConfigError
 
 PATHS = ("run.root", "data.root")  # keys in whose values `~` stands for the home folder

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from ddpm_dist.errors import ConfigError
 
 Auto = Literal["auto", "true", "false"]
 
@@ -227,11 +220,6 @@ class Config:
         """The run directory, run.root/run.name."""
         return Path(self.run.root) / self.run.name
 
-    def named_parts(self) -> dict[str, str]:
-        """{dotted key: name} of all keys whose value is a name in a table of the package."""
-        flat = to_flat(self)
-        return {name: flat[name] for name, item in keys().items() if item.field.metadata["named"]}
-
     def target(self, num_images: int) -> int:
         """The step at which the run is finished.
 
@@ -239,61 +227,3 @@ class Config:
             num_images: size of the data set.
         """
         return self.train.max_steps or self.train.epochs * (num_images // self.data.batch_size)
-
-
-@dataclass(frozen=True)
-class Key:
-    """A config key.
-
-    Attributes:
-        name: the dotted key, section.key.
-        type: the declared type of its values.
-        field: the dataclass field; its metadata hold what `key` was given.
-    """
-
-    name: str
-    type: Any
-    field: dataclasses.Field[Any]
-
-    @property
-    def free(self) -> bool:
-        """Whether the key may change when a run is resumed."""
-        return bool(self.field.metadata["free"])
-
-    @property
-    def help(self) -> str:
-        """The line for `--help-config`."""
-        return str(self.field.metadata["help"])
-
-
-@functools.cache
-def keys() -> Mapping[str, Key]:
-    """All keys by their dotted name, in the order of this file."""
-    found = {}
-    for section, section_type in typing.get_type_hints(Config).items():
-        hints = typing.get_type_hints(section_type)
-        for item in dataclasses.fields(section_type):
-            name = f"{section}.{item.name}"
-            found[name] = Key(name, hints[item.name], item)
-    return types.MappingProxyType(found)
-
-
-def from_flat(values: Mapping[str, Any]) -> Config:
-    """A config from {dotted key: value of the right type}. Keys that are left out keep their defaults.
-
-    Raises:
-        ConfigError: there is no such key. The checkpoint of a later version may hold keys that this one does not know.
-    """
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if name not in keys():
-            raise ConfigError(f"unknown key {name!r}")
-        section, item = name.split(".")
-        sections.setdefault(section, {})[item] = value
-    section_types = typing.get_type_hints(Config)
-    return Config(**{name: section_types[name](**given) for name, given in sections.items()})
-
-
-def to_flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of every key, in the order of `keys`."""
-    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in keys()}

@@ -9,7 +9,8 @@ from typing import Literal
 
 import yaml
 
-from ddpm_dist.config.schema import Config, keys, to_flat
+from ddpm_dist.config.flat import keys, to_flat
+from ddpm_dist.config.schema import Config
 
 
 def to_yaml(config: Config) -> str:
