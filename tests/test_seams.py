@@ -75,29 +75,34 @@ def test_a_schedule(tmp_path: Path) -> None:
 # A prediction
 
 
-class StartPrediction:
-    """The network predicts x_0."""
+class FlowPrediction:
+    """The network predicts ε - x_0 (Liu et al. 2023, arXiv:2209.03003, for this process)."""
 
     def __init__(self, process: GaussianDiffusion) -> None:
         self.process = process
 
     def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return x_start
+        return noise - x_start
 
     def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        return output, self.process.predict_eps_from_start(x_t, t, output)
+        signal, sigma = (
+            table[t].view(-1, 1, 1, 1)
+            for table in (self.process.sqrt_alphas_cumprod, self.process.sqrt_one_minus_alphas_cumprod)
+        )
+        x_start = (x_t - sigma * output) / (signal + sigma)
+        return x_start, x_start + output
 
 
-def with_start_prediction(argv: Sequence[str]) -> int:
-    PREDICTIONS["x0"] = StartPrediction
-    return call_train([*argv, "diffusion.prediction=x0"])
+def with_flow_prediction(argv: Sequence[str]) -> int:
+    PREDICTIONS["flow"] = FlowPrediction
+    return call_train([*argv, "diffusion.prediction=flow"])
 
 
 def test_a_prediction(tmp_path: Path) -> None:
-    run = train(1, tmp_path, *RUN, *PICTURES, function=with_start_prediction)
+    run = train(1, tmp_path, *RUN, *PICTURES, function=with_flow_prediction)
     plain = train(1, tmp_path, *RUN, *PICTURES, name="plain")
     assert first_loss(run) != pytest.approx(first_loss(plain), rel=0.01)
-    PREDICTIONS["x0"] = StartPrediction
+    PREDICTIONS["flow"] = FlowPrediction
     denoiser = loading.load_run(run).denoiser(clip=False)
     x_t, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 17])
     x_start, eps = denoiser(x_t, t)

@@ -86,7 +86,9 @@ class DiffusionConfig:
 
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
     schedule: str = key("linear", "how the noise grows with t; linear, or cosine for small images", named=True)
-    prediction: str = key("eps", "what the network predicts; eps: the noise, v: noise minus image", named=True)
+    prediction: str = key(
+        "eps", "what the network predicts; eps: the noise, x0: the image, v: noise minus image", named=True
+    )
     beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
     beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
 

@@ -55,6 +55,21 @@ class EpsPrediction:
         return self._process.predict_start_from_eps(x_t, t, output), output
 
 
+class StartPrediction:
+    """The network predicts the image x_0 (Ho et al. 2020, section 3.2, who found ε to give better images)."""
+
+    def __init__(self, process: GaussianDiffusion) -> None:
+        self._process = process
+
+    def target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The image itself."""
+        return x_start
+
+    def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 is the output; ε by eq. 4, solved for ε."""
+        return output, self._process.predict_eps_from_start(x_t, t, output)
+
+
 class VPrediction:
     """The network predicts v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512).
 
@@ -74,5 +89,9 @@ class VPrediction:
         return self._process.predict_start_from_v(x_t, t, output), self._process.predict_eps_from_v(x_t, t, output)
 
 
-PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {"eps": EpsPrediction, "v": VPrediction}
+PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {
+    "eps": EpsPrediction,
+    "x0": StartPrediction,
+    "v": VPrediction,
+}
 """The predictions by the name that diffusion.prediction gives them."""
