@@ -56,8 +56,8 @@ def size_divisor(config: Config) -> int:
 def build_process(config: Config, device: torch.device) -> GaussianDiffusion:
     """Build the forward process of the config's schedule, with its tables on the device."""
     diffusion = config.diffusion
-    schedule = SCHEDULES[diffusion.schedule]
-    return GaussianDiffusion(schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end), device)
+    betas = SCHEDULES[diffusion.schedule](diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
+    return GaussianDiffusion(betas, device, zero_terminal_snr=diffusion.zero_terminal_snr)
 
 
 def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:

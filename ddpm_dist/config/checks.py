@@ -48,6 +48,11 @@ def check_together(config: Config) -> None:
             f"diffusion.beta_start={config.diffusion.beta_start}: must not be above "
             f"diffusion.beta_end={config.diffusion.beta_end}"
         )
+    if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
+        raise ConfigError(
+            "diffusion.zero_terminal_snr=true: not with diffusion.prediction=eps, since the noise of the last timestep "
+            "says nothing about the image; valid: v, x0"
+        )
     if config.preview.num_images and config.preview.steps > config.diffusion.num_timesteps:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"

@@ -85,12 +85,19 @@ class DiffusionConfig:
     """The forward process, and what the network predicts."""
 
     num_timesteps: int = key(1000, "T, the number of noise levels", minimum=2)
-    schedule: str = key("linear", "how the noise grows with t; linear, or cosine for small images", named=True)
+    schedule: str = key(
+        "linear", "how the noise grows with t; cosine suits small images, sigmoid larger ones", named=True
+    )
+    zero_terminal_snr: bool = key(
+        False, "rescale the schedule so that the last timestep is pure noise; for the predictions x0 and v"
+    )
     prediction: str = key(
         "eps", "what the network predicts; eps: the noise, x0: the image, v: noise minus image", named=True
     )
-    beta_start: float = key(1e-4, "beta of the first (least noisy) timestep", above=0.0, below=1.0)
-    beta_end: float = key(0.02, "beta of the last timestep", above=0.0, below=1.0)
+    beta_start: float = key(
+        1e-4, "beta of the first (least noisy) timestep; cosine and sigmoid ignore it", above=0.0, below=1.0
+    )
+    beta_end: float = key(0.02, "beta of the last timestep; cosine and sigmoid ignore it", above=0.0, below=1.0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_dist.diffusion.schedules import rescale_to_zero_terminal_snr
+
 
 class GaussianDiffusion:
     """One noise schedule, with the formulas of q(x_t | x_0), of its posterior and of the reverse step.
@@ -18,19 +20,25 @@ class GaussianDiffusion:
     Args:
         betas: float64 [T] in (0, 1).
         device: where the tables lie; the tensors given to the methods must be there too.
+        zero_terminal_snr: whether the betas are rescaled so that ᾱ is 0 at T - 1 (Lin et al. 2024, arXiv:2305.08891).
+            Then x_t at T - 1 is the noise itself. There `predict_start_from_eps` and `p_mean`, which divide by
+            sqrt(ᾱ_t) and by sqrt(α_t), have no finite value; all other methods have.
 
     Attributes:
         num_timesteps: T.
+        zero_terminal_snr: as given.
         betas, alphas_cumprod, ...: the tables, each float32 [T]; entry 0 belongs to the least noisy timestep.
 
     Raises:
         ValueError: betas are not a 1-D tensor inside (0, 1).
     """
 
-    def __init__(self, betas: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(self, betas: Tensor, device: torch.device | str = "cpu", *, zero_terminal_snr: bool = False) -> None:
         if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected a 1-D tensor inside (0, 1), got shape {tuple(betas.shape)}")
         betas = betas.double()
+        if zero_terminal_snr:
+            betas = rescale_to_zero_terminal_snr(betas)
         alphas = 1.0 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -40,6 +48,7 @@ class GaussianDiffusion:
             return values.float().to(device)
 
         self.num_timesteps = len(betas)
+        self.zero_terminal_snr = zero_terminal_snr
         self.betas = table(betas)
         self.alphas_cumprod = table(alphas_cumprod)
         self.alphas_cumprod_prev = table(alphas_cumprod_prev)
@@ -72,7 +81,7 @@ class GaussianDiffusion:
 
         Args:
             x_t, eps: float32 [B, ...].
-            t: int64 [B] in [0, T-1].
+            t: int64 [B] in [0, T-1]; below T - 1 with zero terminal SNR.
 
         Returns:
             float32 [B, ...].
@@ -151,7 +160,7 @@ class GaussianDiffusion:
 
         Args:
             x_t, eps: float32 [B, ...].
-            t: int64 [B] in [0, T-1].
+            t: int64 [B] in [0, T-1]; below T - 1 with zero terminal SNR.
 
         Returns:
             float32 [B, ...].

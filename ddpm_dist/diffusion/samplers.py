@@ -85,8 +85,12 @@ def ddpm_sample(
     x = x_T
     for step in reversed(range(process.num_timesteps)):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        _, eps = denoiser(x, t)
-        x = process.p_mean(x, t, eps)
+        x_start, eps = denoiser(x, t)
+        if process.zero_terminal_snr and step == process.num_timesteps - 1:
+            # Here eq. 11 divides by 0. The mean of q(x_{t-1} | x_t, x_0), which it stands for, is defined.
+            x, _ = process.q_posterior_mean_variance(x_start, x, t)
+        else:
+            x = process.p_mean(x, t, eps)
         if step > 0:
             x = x + process.sqrt_betas[step] * draw_noise()
         on_step()
