@@ -72,7 +72,8 @@ def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -
         process: the forward process, on the device of the batches.
         autocast: makes the context in which the network's forward pass runs.
     """
-    return LOSSES[config.loss.weighting](process, build_prediction(config, process), autocast)
+    prediction = build_prediction(config, process)
+    return LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma)
 
 
 def build_model(

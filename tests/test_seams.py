@@ -92,10 +92,13 @@ class FlowPrediction:
         x_start = (x_t - sigma * output) / (signal + sigma)
         return x_start, x_start + output
 
+    def x_start_error(self, snr: Tensor) -> Tensor:
+        return (1 + snr.sqrt()) ** -2
+
 
 def with_flow_prediction(argv: Sequence[str]) -> int:
     PREDICTIONS["flow"] = FlowPrediction
-    return call_train([*argv, "diffusion.prediction=flow"])
+    return call_train([*argv, "diffusion.prediction=flow", "loss.weighting=min_snr"])
 
 
 def test_a_prediction(tmp_path: Path) -> None:

@@ -104,7 +104,12 @@ class DiffusionConfig:
 class LossConfig:
     """The training loss."""
 
-    weighting: str = key("simple", "how much each timestep counts; simple: all the same", named=True)
+    weighting: str = key(
+        "simple",
+        "how much each timestep counts; simple: all the same, min_snr and p2: less with little noise",
+        named=True,
+    )
+    min_snr_gamma: float = key(5.0, "with min_snr an error of the image counts min(SNR, this)", above=0.0)
     timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 

@@ -1,6 +1,6 @@
 """The training loss: one number for each image. The training step takes their mean.
 
-To add a loss or a weighting: derive a class from DenoisingLoss, and enter it in LOSSES.
+To add a weighting, derive a class from WeightedLoss; to add another loss, from DenoisingLoss. Enter it in LOSSES.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ class DenoisingLoss(ABC):
         process: the forward process, with its tables on the device of the batches.
         prediction: what the network's output is compared with.
         autocast: the number format of the network's forward pass; x_t and the loss are float32.
+        min_snr_gamma: γ of the min-SNR weighting, above 0; other losses ignore it.
     """
 
-    def __init__(self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast) -> None:
+    def __init__(
+        self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast, min_snr_gamma: float = 5.0
+    ) -> None:
         self.process, self.prediction, self._autocast = process, prediction, autocast
+        self.min_snr_gamma = min_snr_gamma
 
     @abstractmethod
     def __call__(
@@ -80,5 +84,67 @@ class SimpleLoss(DenoisingLoss):
         return F.mse_loss(*self.output_and_target(network, x_start, t, noise, cond))
 
 
-LOSSES: dict[str, Callable[[GaussianDiffusion, Prediction, Autocast], DenoisingLoss]] = {"simple": SimpleLoss}
+class WeightedLoss(DenoisingLoss):
+    """The simple loss of each image, times a weight of its timestep.
+
+    A weighting says how much an error in x_0 counts. The prediction says how large an error in x_0 an error of the
+    output is. So each weighting is one formula for all predictions, and the same weighting with all of them.
+    """
+
+    def __init__(
+        self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast, min_snr_gamma: float = 5.0
+    ) -> None:
+        super().__init__(process, prediction, autocast, min_snr_gamma)
+        snr = process.snr.double()
+        self.weights = (self.x_start_weights(snr) * prediction.x_start_error(snr)).float()
+
+    @abstractmethod
+    def x_start_weights(self, snr: Tensor) -> Tensor:
+        """How much a squared error in x_0 counts.
+
+        Args:
+            snr: float64 [T], the signal-to-noise ratio ᾱ_t / (1 - ᾱ_t) of each timestep. With zero terminal SNR it is
+                0 at T - 1, and so are the weights of both classes below: x_t says nothing about x_0 there.
+
+        Returns:
+            float64 [T], at least 0.
+        """
+
+    def __call__(
+        self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        output, target = self.output_and_target(network, x_start, t, noise, cond)
+        return self.weights[t] * F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+
+@final
+class MinSNRLoss(WeightedLoss):
+    """An error in x_0 counts min(SNR, γ) (Hang et al. 2023, arXiv:2303.09556).
+
+    So an error of ε counts min(SNR, γ) / SNR, and one of v min(SNR, γ) / (SNR + 1). Timesteps with little noise count
+    less than in the loss that the variational bound or ε suggests, since their gradients oppose those of the others.
+    """
+
+    def x_start_weights(self, snr: Tensor) -> Tensor:
+        """min(SNR, γ)."""
+        return snr.clamp(max=self.min_snr_gamma)
+
+
+@final
+class P2Loss(WeightedLoss):
+    """An error of ε counts 1 / (1 + SNR) (Choi et al. 2022, arXiv:2204.00227, with k = γ = 1).
+
+    So an error in x_0 counts SNR / (1 + SNR). Timesteps whose noise hides only details that nobody sees count less.
+    """
+
+    def x_start_weights(self, snr: Tensor) -> Tensor:
+        """SNR / (1 + SNR)."""
+        return snr / (1 + snr)
+
+
+LOSSES: dict[str, Callable[[GaussianDiffusion, Prediction, Autocast, float], DenoisingLoss]] = {
+    "simple": SimpleLoss,
+    "min_snr": MinSNRLoss,
+    "p2": P2Loss,
+}
 """The losses by the name that loss.weighting gives them."""

@@ -1,6 +1,6 @@
 """What the network predicts, and how x_0 and ε are computed from its output.
 
-To add a prediction: write a class with the two methods of `Prediction`, and enter it in PREDICTIONS.
+To add a prediction: write a class with the three methods of `Prediction`, and enter it in PREDICTIONS.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ddpm_dist.diffusion.process import GaussianDiffusion
@@ -39,6 +40,16 @@ class Prediction(Protocol):
             x_start and eps, each float32 [B, ...], not clipped.
         """
 
+    def x_start_error(self, snr: Tensor) -> Tensor:
+        """The squared error in x_0 that a squared error of 1 in the output stands for; weightings of the loss ask it.
+
+        Args:
+            snr: the signal-to-noise ratios ᾱ_t / (1 - ᾱ_t), at least 0; any shape and float type.
+
+        Returns:
+            the same shape and type.
+        """
+
 
 class EpsPrediction:
     """The network predicts the noise ε (Ho et al. 2020, section 3.2, arXiv:2006.11239)."""
@@ -54,6 +65,10 @@ class EpsPrediction:
         """x_0 by eq. 4, solved for x_0; ε is the output."""
         return self._process.predict_start_from_eps(x_t, t, output), output
 
+    def x_start_error(self, snr: Tensor) -> Tensor:
+        """(1 - ᾱ_t) / ᾱ_t = 1 / SNR."""
+        return 1 / snr
+
 
 class StartPrediction:
     """The network predicts the image x_0 (Ho et al. 2020, section 3.2, who found ε to give better images)."""
@@ -68,6 +83,10 @@ class StartPrediction:
     def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 is the output; ε by eq. 4, solved for ε."""
         return output, self._process.predict_eps_from_start(x_t, t, output)
+
+    def x_start_error(self, snr: Tensor) -> Tensor:
+        """1: the output is x_0."""
+        return torch.ones_like(snr)
 
 
 class VPrediction:
@@ -87,6 +106,10 @@ class VPrediction:
     def to_x_start_and_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Both by the inverse of the rotation that makes (x_t, v) of (x_0, ε)."""
         return self._process.predict_start_from_v(x_t, t, output), self._process.predict_eps_from_v(x_t, t, output)
+
+    def x_start_error(self, snr: Tensor) -> Tensor:
+        """1 - ᾱ_t = 1 / (SNR + 1)."""
+        return 1 / (snr + 1)
 
 
 PREDICTIONS: dict[str, Callable[[GaussianDiffusion], Prediction]] = {

@@ -54,6 +54,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = table(alphas_cumprod_prev)
         self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
         self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
+        self.snr = table(alphas_cumprod / (1 - alphas_cumprod))
         self.posterior_variance = table(posterior_variance)
         self.posterior_mean_coef1 = table(betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod))
         self.posterior_mean_coef2 = table((1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod))

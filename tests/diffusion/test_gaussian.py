@@ -18,6 +18,7 @@ TABLES = (
     "alphas_cumprod_prev",
     "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod",
+    "snr",
     "posterior_variance",
     "posterior_mean_coef1",
     "posterior_mean_coef2",
@@ -53,6 +54,7 @@ def float64_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
         "alphas_cumprod_prev": previous,
         "sqrt_alphas_cumprod": np.sqrt(cumulative),
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
+        "snr": cumulative / (1 - cumulative),
         "posterior_variance": variance,
         "posterior_mean_coef1": np.concatenate([[1.0], first]),  # at t = 0 the prior is a point: x_0 itself
         "posterior_mean_coef2": likelihood / np.sqrt(alphas) * variance,

@@ -1,15 +1,17 @@
-"""The simple loss: its definition, one number an image, and what is float32 whatever autocast does."""
+"""The losses: their definitions, one number an image, and what is float32 whatever autocast does."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.diffusion.losses import SimpleLoss
-from ddpm_dist.diffusion.predictions import EpsPrediction
+from ddpm_dist.diffusion.losses import LOSSES, DenoisingLoss, SimpleLoss
+from ddpm_dist.diffusion.predictions import PREDICTIONS, EpsPrediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import linear_betas
 
@@ -75,3 +77,65 @@ def test_network_is_asked_at_x_t_and_t_in_float32() -> None:
     ((x, asked_t),) = network.asked
     assert torch.equal(x, loss.process.q_sample(x_start, t, noise))
     assert torch.equal(asked_t, t)
+
+
+# Weightings
+
+
+GAMMA = 3.0
+WEIGHTS: dict[tuple[str, str], Callable[[float], float]] = {
+    # Hang et al. 2023 (arXiv:2303.09556), as in the training scripts of diffusers
+    ("min_snr", "eps"): lambda snr: min(snr, GAMMA) / snr,
+    ("min_snr", "x0"): lambda snr: min(snr, GAMMA),
+    ("min_snr", "v"): lambda snr: min(snr, GAMMA) / (snr + 1),
+    # Choi et al. 2022 (arXiv:2204.00227), with k = gamma = 1
+    ("p2", "eps"): lambda snr: 1 / (1 + snr),
+    ("p2", "x0"): lambda snr: snr / (1 + snr),
+    ("p2", "v"): lambda snr: snr / (1 + snr) ** 2,
+}
+
+
+def weighted(name: str, prediction: str, process: GaussianDiffusion) -> DenoisingLoss:
+    return LOSSES[name](process, PREDICTIONS[prediction](process), contextlib.nullcontext, GAMMA)
+
+
+def test_every_weighting_has_a_formula_for_every_prediction() -> None:
+    assert set(WEIGHTS) == {(name, prediction) for name in LOSSES for prediction in PREDICTIONS if name != "simple"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "zero_terminal_snr"),
+    [(*pair, False) for pair in WEIGHTS] + [(*pair, True) for pair in WEIGHTS if pair[1] != "eps"],
+)
+def test_weights_are_those_of_the_paper(name: str, prediction: str, zero_terminal_snr: bool) -> None:
+    signal = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    if zero_terminal_snr:
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    expected = np.array([WEIGHTS[name, prediction](a / (1 - a)) for a in signal**2])
+    output, x_start, _, noise = batch((1000, 1, 2, 2))
+    process = GaussianDiffusion(linear_betas(1000), zero_terminal_snr=zero_terminal_snr)
+    loss, t = weighted(name, prediction, process), torch.arange(1000)
+    each = loss(Says(output), x_start, t, noise, {})
+    target = loss.prediction.target(x_start, noise, t)
+    mse = (output.double() - target.double()).square().mean(dim=(1, 2, 3)).numpy()
+    assert each.dtype == torch.float32
+    np.testing.assert_allclose(each.double().numpy(), expected * mse, rtol=1e-5, atol=1e-12)
+    assert float(loss.mean(Says(output), x_start, t, noise, {})) == pytest.approx((expected * mse).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["min_snr", "p2"])
+def test_a_weighting_is_the_same_whatever_the_network_predicts(name: str) -> None:
+    """Networks that say the same about image and noise in other words have the same loss."""
+    process = GaussianDiffusion(linear_betas(1000))
+    output, x_start, _, noise = batch((50, 1, 4, 4))
+    t = torch.arange(20, 520, 10)  # where rounding is not divided by small numbers
+    x_t = process.q_sample(x_start, t, noise)
+    said = PREDICTIONS["v"](process).to_x_start_and_eps(x_t, t, output)
+    losses = [
+        weighted(name, prediction, process)(
+            Says(PREDICTIONS[prediction](process).target(*said, t)), x_start, t, noise, {}
+        )
+        for prediction in PREDICTIONS
+    ]
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-4, atol=1e-6)
