@@ -43,6 +43,21 @@ def check_together(config: Config) -> None:
         raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
     if config.model.name == "unet" and config.model.time_embed_dim % 2:
         raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
+    _check_diffusion(config)
+    if config.optim.name == "adam" and config.optim.weight_decay:
+        # torch's Adam would add it to the gradient and then divide it by the gradient's size (arXiv:1711.05101).
+        raise ConfigError(
+            f"optim.weight_decay={config.optim.weight_decay}: must be 0 with optim.name=adam, which would scale the "
+            "decay of each weight by its gradients; set optim.name=adamw"
+        )
+    # Without either of these keys, the end of the cosine depends on the number of images, which is not known yet.
+    known = config.optim.decay_steps or config.train.max_steps
+    if known is not None:
+        cosine_end(config.optim, known)
+
+
+def _check_diffusion(config: Config) -> None:
+    """Check the rules about the schedule, what the network predicts, and the timesteps that are visited."""
     if config.diffusion.beta_start > config.diffusion.beta_end:
         raise ConfigError(
             f"diffusion.beta_start={config.diffusion.beta_start}: must not be above "
@@ -57,10 +72,6 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
         )
-    # Without either of these keys, the end of the cosine depends on the number of images, which is not known yet.
-    known = config.optim.decay_steps or config.train.max_steps
-    if known is not None:
-        cosine_end(config.optim, known)
 
 
 def cosine_end(optim: OptimConfig, target: int) -> int | None:

@@ -117,11 +117,16 @@ class LossConfig:
 class OptimConfig:
     """The optimizer and its learning rate."""
 
+    name: Literal["adam", "adamw"] = key("adam", "the optimizer; adamw is adam with optim.weight_decay")
     lr: float = key(2e-4, "peak learning rate, whatever the number of ranks", above=0.0)
     schedule: Literal["constant", "cosine"] = key("constant", "shape of the learning rate after the warm-up")
     warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
     decay_steps: int | None = key(None, "step at which the cosine reaches 0 (null: the last step)", minimum=1)
     grad_clip: float | None = key(None, "clip the global gradient norm to this (null: never)", above=0.0)
+    beta1: float = key(0.9, "decay of the average of the gradients", minimum=0.0, below=1.0)
+    beta2: float = key(0.999, "decay of the average of the squared gradients", minimum=0.0, below=1.0)
+    eps: float = key(1e-8, "added to the root of that average before dividing by it", above=0.0)
+    weight_decay: float = key(0.0, "each update of adamw shrinks all weights by this times the rate", minimum=0.0)
     fused: bool = key(True, "Adam in one kernel, without host synchronisation")
 
 

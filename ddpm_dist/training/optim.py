@@ -1,4 +1,4 @@
-"""Adam, and the learning rate as a function of the step."""
+"""The optimizer, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from torch import nn
 
 from ddpm_dist.config import OptimConfig
 
+OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+"""The optimizers by the name that optim.name gives them."""
+
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with its usual betas; `learning_rate` sets the rate each step."""
-    return torch.optim.Adam(model.parameters(), lr=optim.lr, fused=optim.fused)
+    """The optimizer that optim.name says, for all weights; `learning_rate` sets the rate each step.
+
+    Adam (Kingma & Ba 2015, arXiv:1412.6980), or AdamW, which before each update multiplies the weights by
+    1 - rate · optim.weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """
+    return OPTIMIZERS[optim.name](
+        model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay or 0,  # without decay the int 0, as ever: a digest tells it from 0.0
+        fused=optim.fused,
+    )
 
 
 def learning_rate(step: int, optim: OptimConfig, decay_steps: int | None) -> float:

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step alone; the optimizer is plain Adam."""
+"""The learning rate is a function of the step alone; the optimizer is plain Adam, or AdamW."""
 
 from __future__ import annotations
 
@@ -91,3 +91,36 @@ def test_first_update_moves_each_weight_by_the_rate_against_its_gradient() -> No
     model.weight.grad = torch.tensor([[5.0, -0.01]])
     optimizer.step()
     torch.testing.assert_close(model.weight.detach() - before, torch.tensor([[-PEAK, PEAK]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_the_keys_reach_the_optimizer(name: str, fused: bool) -> None:
+    keys = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-5, "weight_decay": 0.03, "fused": fused}
+    optimizer = build_optimizer(nn.Linear(2, 3), OptimConfig(name=name, **keys))  # type: ignore[arg-type]
+    assert type(optimizer) is {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    (group,) = optimizer.param_groups
+    assert [group[key] for key in ("betas", "eps", "weight_decay", "fused")] == [(0.8, 0.95), 1e-5, 0.03, fused]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_updates_are_those_of_the_paper(name: str, fused: bool) -> None:
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2, number by number in float64, at changing rates."""
+    beta1, beta2, eps, decay = 0.8, 0.95, 1e-3, 0.3 if name == "adamw" else 0.0
+    model = nn.Linear(3, 1, bias=False)
+    keys = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay, "fused": fused}
+    optimizer = build_optimizer(model, OptimConfig(name=name, **keys))  # type: ignore[arg-type]
+    weights = model.weight.detach().double().flatten().tolist()
+    means, squares = [0.0] * 3, [0.0] * 3
+    for step, rate in enumerate([0.1, 0.2, 0.05, 0.0, 0.3], start=1):
+        gradient = torch.randn(1, 3, generator=torch.Generator().manual_seed(step))
+        model.weight.grad = gradient.clone()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        for i, g in enumerate(gradient.double().flatten().tolist()):
+            means[i] = beta1 * means[i] + (1 - beta1) * g
+            squares[i] = beta2 * squares[i] + (1 - beta2) * g * g
+            mean, square = means[i] / (1 - beta1**step), squares[i] / (1 - beta2**step)
+            weights[i] -= rate * (mean / (square**0.5 + eps) + decay * weights[i])
+    torch.testing.assert_close(model.weight.detach().flatten(), torch.tensor(weights), rtol=1e-5, atol=1e-6)
