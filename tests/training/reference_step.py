@@ -28,14 +28,48 @@ def global_batch(images: Tensor, r: Any, step: int) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*shards, strict=True)]
 
 
+def noise_schedule(r: Any) -> Tensor:
+    """ᾱ, float64 [1000]."""
+    if r.schedule in ("linear", "scaled_linear"):
+        power = {"linear": 1, "scaled_linear": 2}[r.schedule]
+        betas = torch.linspace(1e-4 ** (1 / power), 0.02 ** (1 / power), 1000, dtype=torch.float64) ** power
+    else:
+        times = torch.arange(1001, dtype=torch.float64) / 1000
+        low, high = (1 / (1 + math.exp(-x / 0.9)) for x in (-3, 3))
+        curves = {
+            "cosine": torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2,
+            "sigmoid": (high - 1 / (1 + torch.exp((3 - 6 * times) / 0.9))) / (high - low),
+        }
+        curve = curves[r.schedule]
+        betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    if r.zero_terminal_snr:
+        root = alphas_cumprod.sqrt()
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas_cumprod
+
+
+def weights_of_timesteps(r: Any, alphas_cumprod: Tensor) -> Tensor | None:
+    """How much an error of the output counts at each timestep, float32 [1000]; None: all the same."""
+    snr = (alphas_cumprod / (1 - alphas_cumprod)).float().double()
+    error_in_start = {"eps": 1 / snr, "x0": 1 + 0 * snr, "v": 1 - snr / (1 + snr)}[r.prediction]
+    if r.weighting == "min_snr":
+        return (snr.clamp(max=r.min_snr_gamma) * error_in_start).float()
+    return (snr / (snr + 1) * error_in_start).float() if r.weighting == "p2" else None
+
+
 def train(images: Tensor, r: Any) -> tuple[Any, ...]:
     """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
     torch.manual_seed(derive_seed(r.seed, "weights"))
     layout = torch.channels_last if r.channels_last else torch.contiguous_format
     model = UNet(images.shape[1], r.channels, dropout=r.dropout).to(memory_format=layout)
     weights, averages = list(model.parameters()), [weight.detach().clone() for weight in model.parameters()]
-    adam, scale, in_a_row, log = torch.optim.Adam(weights, fused=r.fused), r.first_scale, 0, []
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[:, None, None, None]
+    kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
+    adam: Any = kind(weights, betas=r.betas, eps=r.eps, weight_decay=r.weight_decay, fused=r.fused)
+    scale, in_a_row, log = r.first_scale, 0, []
+    alphas_cumprod = noise_schedule(r)
+    weight_of = weights_of_timesteps(r, alphas_cumprod)
+    alphas_cumprod = alphas_cumprod[:, None, None, None]
     groups = r.shards if r.bitwise else r.ranks  # a group adds its micro-batches up in turn, then pairs add their sums
     divisor, late_divisor = (r.shards, 1) if r.bitwise else (r.micro, r.ranks)  # of a loss, and of the sum of gradients
     for step in range(r.steps):
@@ -50,8 +84,12 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
             x_t = signal * x_start + sigma * noise
             with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32):
                 output = model(x_t.contiguous(memory_format=layout), t)
-            target = noise if r.prediction == "eps" else signal * noise - sigma * x_start
-            part = (output.float() - target).square().mean() / divisor
+            target = {"eps": noise, "x0": x_start, "v": signal * noise - sigma * x_start}[r.prediction]
+            errors = (output.float() - target).square()
+            if weight_of is None:
+                part = errors.mean() / divisor
+            else:
+                part = (weight_of[t] * errors.mean(dim=(1, 2, 3))).mean() / divisor
             (part * scale * (math.nan if step == r.nan_step else 1)).backward()
             loss += part.item() / late_divisor
             if micro == r.micro - 1:

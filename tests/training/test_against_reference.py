@@ -54,7 +54,15 @@ class Recipe:
     batch_size: int = 8
     shards: int = 4
     channels: int = 8
+    schedule: str = "linear"
+    zero_terminal_snr: bool = False
     prediction: str = "eps"
+    weighting: str = "simple"
+    min_snr_gamma: float = 5.0
+    optimizer: str = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
     lr: float = 1e-2
     ema_decay: float = 0.6
 
@@ -71,7 +79,16 @@ class Recipe:
             f"data.flip={self.flip}",
             f"model.channels={self.channels}",
             f"model.dropout={self.dropout}",
+            f"diffusion.schedule={self.schedule}",
+            f"diffusion.zero_terminal_snr={self.zero_terminal_snr}",
             f"diffusion.prediction={self.prediction}",
+            f"loss.weighting={self.weighting}",
+            f"loss.min_snr_gamma={self.min_snr_gamma}",
+            f"optim.name={self.optimizer}",
+            f"optim.beta1={self.betas[0]}",
+            f"optim.beta2={self.betas[1]}",
+            f"optim.eps={self.eps}",
+            f"optim.weight_decay={self.weight_decay}",
             f"optim.lr={self.lr}",
             f"optim.schedule={'cosine' if self.decay_steps else 'constant'}",
             f"optim.warmup_steps={self.warmup_steps}",
@@ -92,10 +109,31 @@ class Recipe:
 # and micro-batches, a skipped update and everything that counts updates.
 COSINE: Options = {"warmup_steps": 4, "decay_steps": 16}  # ends before the run does
 RANDOM: Options = {"dropout": 0.2, "flip": True}
+ADAMW: Options = {"optimizer": "adamw", "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 RECIPES: dict[str, Recipe] = {
     "the defaults": Recipe(),
     "fp32, micro-batches, cosine, clipped": Recipe(micro=4, grad_clip=0.5, **RANDOM, **COSINE),
     "fp32, v prediction": Recipe(prediction="v", **RANDOM, **COSINE),
+    "fp32, x0 prediction, min-SNR, sigmoid": Recipe(
+        prediction="x0", weighting="min_snr", min_snr_gamma=2.5, schedule="sigmoid", micro=2, **RANDOM, **COSINE
+    ),
+    "fp32, min-SNR, cosine, AdamW": Recipe(weighting="min_snr", schedule="cosine", **ADAMW),
+    "fp32, v prediction, p2, zero terminal SNR, AdamW, NaN": Recipe(
+        prediction="v", weighting="p2", zero_terminal_snr=True, nan_step=5, grad_clip=0.05, **ADAMW, **COSINE
+    ),
+    "fp16, v prediction, min-SNR, scaled linear, bitwise, no fused AdamW": Recipe(
+        "fp16",
+        bitwise=True,
+        prediction="v",
+        weighting="min_snr",
+        schedule="scaled_linear",
+        zero_terminal_snr=True,
+        fused=False,
+        growth_interval=4,
+        first_scale=2.0**22,
+        **ADAMW,
+    ),
+    "2 ranks, p2, AdamW": Recipe(ranks=2, weighting="p2", **ADAMW, **COSINE),
     "fp32, no fused Adam, NaN": Recipe(fused=False, nan_step=5, warmup_steps=6, channels_last=False, **RANDOM),
     "fp32, bitwise, NaN": Recipe(bitwise=True, nan_step=7, grad_clip=0.5, **RANDOM, **COSINE),
     "bf16, micro-batches": Recipe("bf16", micro=2, channels_last=False, grad_clip=0.5, **RANDOM),
@@ -113,6 +151,8 @@ QUICK = (
     "the defaults",
     "fp32, micro-batches, cosine, clipped",
     "fp32, v prediction",
+    "fp32, x0 prediction, min-SNR, sigmoid",
+    "fp32, v prediction, p2, zero terminal SNR, AdamW, NaN",
     "fp16, clipped",
     "2 ranks, bf16, bitwise",
 )
