@@ -67,7 +67,7 @@ def sigmoid_betas(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end:
     """Variances for which ᾱ_t falls as σ(-(6 t/T - 3) / 0.9), moved and scaled to fall from 1 to 0.
 
     Jabri et al. 2022 (arXiv:2212.11972). The formula is algorithm 1 of Chen 2023 (arXiv:2301.10972); start, end and
-    temperature are those of the authors' configs (google-research/pix2seq, config_diffusion_imagenet64.py). Fewer
+    temperature are those of the authors' configs (google-research/pix2seq, config_diffusion_cifar10.py). Fewer
     timesteps than in the cosine schedule have hardly any noise, or hardly anything else. What diffusers calls "sigmoid"
     is another schedule, in which the betas have that shape. beta_start and beta_end are not used.
 
