@@ -100,7 +100,7 @@ def test_a_newcomer_finds_the_run_by_the_printed_command_and_link(chromium: str,
     port = free_port()
     link = printed["link"].replace("127.0.0.1:5000", f"127.0.0.1:{port}")
     with started(printed["command"], port, tmp_path):
-        text = page_text(chromium, link, "About this run", tmp_path / "profile")
+        text = page_text(chromium, link, "| images_per_second |", tmp_path / "profile")
         plain = page_text(chromium, link.partition("?")[0], "About this run", tmp_path / "profile")
     assert GENAI not in text, "the wrong workspace"
     assert GENAI in plain, "the workspace is recognised by a word that MLflow does not use any more"
