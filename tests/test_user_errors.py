@@ -389,9 +389,9 @@ def test_status_says_how_a_start_failed_before_its_first_step(root: Path) -> Non
 @pytest.mark.parametrize(
     ("key", "valid"),
     [
-        ("diffusion.schedule", "linear, cosine"),
-        ("diffusion.prediction", "eps, v"),
-        ("loss.weighting", "simple"),
+        ("diffusion.schedule", "linear, scaled_linear, cosine, sigmoid"),
+        ("diffusion.prediction", "eps, x0, v"),
+        ("loss.weighting", "simple, min_snr, p2"),
         ("loss.timestep_sampler", "uniform"),
         ("model.name", "unet"),
         ("preview.sampler", "ddim, ddpm"),
