@@ -34,7 +34,7 @@ train: export DDPM_COMMAND := make train$(if $(ARGS), ARGS='$(ARGS)')
 train: $(CAN_TRAIN) ## train on this machine: configs/quickstart.yaml
 	PYTHON=$(BIN)/python launch/torchrun.sh --config configs/quickstart.yaml $(ARGS)
 
-test: check ## all checks and all tests, as CI runs them (half an hour on two cores)
+test: check ## all checks and all tests, as CI runs them (40 minutes on two cores)
 	$(BIN)/python -m pytest $(ARGS)
 
 # Without the tests marked slow: real SLURM, torchrun, kills, full disks, servers. Under three minutes on two cores.
