@@ -90,7 +90,7 @@ def _fetch(data: DataConfig) -> None:
 
     root = Path(data.root)
     files = [root / file for file in datasets.DATASETS[data.name].files()]
-    if any(not file.exists() for file in files):
+    if datasets.missing_files(data):
         print(f"{data.name}: not in {root} yet; fetching it from its publishers", flush=True)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(SILENCE_SECONDS)

@@ -100,11 +100,11 @@ def checkpoint_bytes(config: Config) -> int:
 
 def missing_images(data: DataConfig) -> str:
     """The first file of the data set that is not in data.root, or the folder of pictures; empty if all is there."""
-    from ddpm_dist.data.datasets import DATASETS
+    from ddpm_dist.data.datasets import missing_files
 
-    root = Path(data.root)
-    wanted = [root] if data.name == "folder" else [root / file for file in DATASETS[data.name].files()]
-    return next((str(path) for path in wanted if not path.exists()), "")
+    if data.name == "folder":
+        return "" if Path(data.root).exists() else str(Path(data.root))
+    return next(map(str, missing_files(data)), "")
 
 
 def measure(folder: Path, size: int) -> tuple[float, bool]:

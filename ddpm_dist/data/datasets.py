@@ -62,6 +62,11 @@ DATASETS = {
 }
 
 
+def missing_files(data: DataConfig) -> list[Path]:
+    """The files of the data set that are not in data.root; none of a set that is never fetched."""
+    return [path for file in DATASETS[data.name].files() if not (path := Path(data.root) / file).exists()]
+
+
 def prepare(data: DataConfig) -> None:
     """Fetch the data set if it is not there. For rank 0 alone.
 
@@ -70,7 +75,7 @@ def prepare(data: DataConfig) -> None:
     """
     root = Path(data.root)
     with _errors_of_the_file_system(data):
-        missing = [path for file in DATASETS[data.name].files() if not (path := root / file).exists()]
+        missing = missing_files(data)
         if missing and not data.download:
             raise DataError(f"{missing[0]}: missing; set data.root to where it is, or data.download=true")
         if missing:
