@@ -16,20 +16,19 @@ from ddpm_dist.parallel.watchdog import Watchdog
 _NOTE = "failure"  # the key of the store under which a rank that ends alone says why
 
 
-class RankZeroFailed(Exception):
-    """Rank 0 met an error and reports it; the other ranks end with the same exit code and print nothing."""
+class FailedElsewhere(Exception):
+    """Another rank met an error and reports it; this rank ends with the same exit code and prints nothing."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"rank 0 failed with exit code {exit_code}")
+    def __init__(self, exit_code: int, who: str = "another rank") -> None:
+        super().__init__(f"{who} failed with exit code {exit_code}")
         self.exit_code = exit_code
 
 
-class OtherRankFailed(Exception):
-    """Another rank met an error and has printed it; rank 0 has recorded it, ends with the same code, prints nothing."""
+class RankZeroFailed(FailedElsewhere):
+    """Rank 0 met an error and reports it, and all other ranks know that."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"another rank failed with exit code {exit_code}")
-        self.exit_code = exit_code
+        super().__init__(exit_code, "rank 0")
 
 
 class RankLost(RuntimeError):

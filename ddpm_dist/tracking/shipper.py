@@ -86,9 +86,8 @@ class Shipper:
                 f"{self._config.tracking.experiment} (403); its owner can give the permission EDIT"
             )
         text = " ".join(str(error).split())
-        if (
-            "Max retries exceeded" in text
-        ):  # what requests says of a server that cannot be reached, inside MLflow's text
+        # Inside MLflow's text these are the words of requests about a server that cannot be reached.
+        if "Max retries exceeded" in text:
             reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)
             return f"{server} does not answer ({reason[1] if reason else 'no connection'}); is it running?"
         return without_password(f"{type(error).__name__}: {text[:500]}")

@@ -20,7 +20,7 @@ from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested
 from ddpm_dist.parallel.connection import pick_device
 from ddpm_dist.parallel.environment import RankEnvironment, cpu_threads
-from ddpm_dist.parallel.failures import Failure, OtherRankFailed, RankZeroFailed, is_lost_contact
+from ddpm_dist.parallel.failures import FailedElsewhere, Failure, RankZeroFailed, is_lost_contact
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import shards_of
 from ddpm_dist.run.checkpoint import Checkpoint
@@ -201,14 +201,14 @@ def _fail(raised: BaseException, ranks: Ranks, attempt: Attempt) -> NoReturn:
 
     Raises:
         RankLost: in place of an error that only says that another rank is gone; it names the silent ranks.
-        OtherRankFailed: in place of that, on rank 0, if the other rank has said that trying again is of no use.
+        FailedElsewhere: in place of that, on rank 0, if the other rank has said that trying again is of no use.
         BaseException: any other error, as it was raised.
     """
     try:
         error = ranks.lost(raised) if is_lost_contact(raised) else raised
         code = _tell(error, ranks, attempt)
         if is_lost_contact(error) and code != ExitCode.SOFTWARE:
-            error = OtherRankFailed(code)
+            error = FailedElsewhere(code)
     finally:
         attempt.release()
     if ranks.failure_is_shared:
@@ -260,7 +260,7 @@ def _node_at_fault(failure: Failure, ranks: Ranks) -> str | None:
 
 def explain(error: Exception, rank: int) -> tuple[int, str]:
     """(exit code, text to print) for an error that ends this rank. An empty text: another rank prints it."""
-    if isinstance(error, RankZeroFailed | OtherRankFailed):
+    if isinstance(error, FailedElsewhere):
         return error.exit_code, ""
     said = one_line(error)
     if said is not None:
