@@ -44,9 +44,13 @@ def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, S
     "lead" and "limit" are jobs with a time limit of one minute. SLURM signals "lead" some seconds before the limit,
     and "limit" only when the limit is reached. Each is cancelled during its third attempt. "crashing" dies before its
     first step, each time.
+
+    From scancel to SIGKILL a job has the 30 s that SLURM gives it by default, since the batch script writes down how an
+    attempt ended only after the launcher has ended, and other tests keep the machine busy meanwhile.
     """
     root, endless = tmp_path_factory.mktemp("unattended"), ("train.max_steps=1000000", "checkpoint.every=100000")
-    with cluster_of("--nodes", "4", "--cpus", "1", "--gpus", "0") as other, ThreadPoolExecutor() as threads:
+    size = ("--nodes", "4", "--cpus", "1", "--gpus", "0")
+    with cluster_of(*size, "--kill-wait", "30") as other, ThreadPoolExecutor() as threads:
         # A process ignores SIGURG unless it asks for it, so "limit" notices nothing before its time is up.
         found = {
             name: SubmittedRun(other, root, (*RUN, *endless), ("--nodes=1", "--time=1", f"--signal={signal}"), name)

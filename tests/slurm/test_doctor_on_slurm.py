@@ -26,13 +26,13 @@ def test_a_healthy_request(cluster: Cluster, tmp_path: Path) -> None:
     assert "error" not in output
 
 
-def test_two_things_wrong_at_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_three_things_wrong_at_once(cluster: Cluster, tmp_path: Path) -> None:
     code, output = doctor(cluster, tmp_path, "--nodes=2", "--gpus-per-node=4", "--time=1", "--exclude=node[2-3]")
     assert code == 78, output
     errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert len(errors) == 2, output
-    assert "4 GPUs a node asked for" in errors[0] or "0 node(s)" in errors[0]
-    assert "at once" in errors[1]
+    assert len(errors) == 3, output
+    for words, error in zip(("4 CPUs a node asked for", "4 GPUs a node asked for", "at once"), errors, strict=True):
+        assert words in error
 
 
 def test_the_probe_from_inside_an_allocation(cluster: Cluster, tmp_path: Path) -> None:

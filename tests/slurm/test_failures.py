@@ -71,7 +71,8 @@ def test_a_broken_config_fails_once(cluster: Cluster, tmp_path: Path, key: str, 
 def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
     cluster: Cluster, tmp_path: Path, reference: Path
 ) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    pictures = ("preview.every=15", "preview.num_images=4")  # so that it still trains when the second job has started
+    run = SubmittedRun(cluster, tmp_path, (*RUN, *pictures), ONE_NODE)
     run.wait_for_step(2)
     log = tmp_path / "second.out"
     second = run.submit(ONE_NODE, log)
