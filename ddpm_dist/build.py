@@ -94,7 +94,8 @@ def build_model(
         channels_last: whether the weights lie in the NHWC memory format.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    model = NETWORKS[config.model.name].build(config.model, image_shape, num_classes).to(device)
+    out_channels = image_shape[0]
+    model = NETWORKS[config.model.name].build(config.model, image_shape, num_classes, out_channels).to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 

@@ -45,7 +45,7 @@ def call_train_attentive(argv: Sequence[str]) -> int:
     from ddpm_dist.models.networks import NETWORKS, Network
 
     NETWORKS["attentive"] = Network(
-        lambda model, image_shape, num_classes: AttentiveUNet(
+        lambda model, image_shape, num_classes, out_channels: AttentiveUNet(
             image_shape[0], model.channels, model.time_embed_dim, model.dropout
         ),
         size_divisor=4,

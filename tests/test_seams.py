@@ -180,7 +180,7 @@ class LabelledNet(nn.Module):
 
 
 def with_labelled_net(argv: Sequence[str]) -> int:
-    NETWORKS["labelled"] = Network(lambda model, shape, num_classes: LabelledNet(shape[0], num_classes or 1))
+    NETWORKS["labelled"] = Network(lambda model, shape, num_classes, out: LabelledNet(shape[0], num_classes or 1))
     return call_train([*argv, "model.name=labelled"])
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from ddpm_dist.models.unet import SIZE_DIVISOR, UNet
 
 
-def _build_unet(options: Any, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    return UNet(image_shape[0], options.channels, options.time_embed_dim, options.dropout)
+def _build_unet(options: Any, image_shape: tuple[int, int, int], num_classes: int, out_channels: int) -> nn.Module:
+    return UNet(image_shape[0], options.channels, options.time_embed_dim, options.dropout, out_channels)
 
 
 def _accept(options: Any) -> None:
@@ -26,17 +26,18 @@ def _accept(options: Any) -> None:
 class Network:
     """How a network is made.
 
-    Its forward is (x_t float32 [B, C, H, W], t int64 [B], **cond) -> [B, C, H, W]. Every weight must get a gradient
-    from every batch: DistributedDataParallel would wait for ever for one that is missing.
+    Its forward is (x_t float32 [B, C, H, W], t int64 [B], **cond) -> [B, out_channels, H, W]. Every weight must
+    get a gradient from every batch: DistributedDataParallel would wait for ever for one that is missing.
 
     Attributes:
-        build: (model section of the config, (C, H, W), number of classes or 0) -> the network. It draws its weights
-            from torch's global generator.
+        build: (model section of the config, (C, H, W), number of classes or 0, out_channels) -> the network.
+            out_channels is C, or 2 C if the network learns its variance. It draws its weights from torch's global
+            generator.
         size_divisor: height and width of the images must be multiples of this.
         check: takes the model section, and raises a ValueError that names the key if a value cannot work.
     """
 
-    build: Callable[[Any, tuple[int, int, int], int], nn.Module]
+    build: Callable[[Any, tuple[int, int, int], int, int], nn.Module]
     size_divisor: int = 1
     check: Callable[[Any], None] = _accept
 

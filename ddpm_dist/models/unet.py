@@ -63,7 +63,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Maps x_t and t to a tensor of x_t's shape, which the reference recipe takes for the noise in x_t.
+    """Maps x_t and t to a tensor of x_t's height and width, which the reference recipe takes for the noise in x_t.
 
     Args:
         image_channels: C of the images.
@@ -71,10 +71,16 @@ class UNet(nn.Module):
             four times.
         time_embed_dim: width of the time embedding, even.
         dropout: in [0, 1), inside each residual block; the reference recipe has none.
+        out_channels: of the output; None for as many as the images have.
     """
 
     def __init__(
-        self, image_channels: int = 1, channels: int = 64, time_embed_dim: int = 128, dropout: float = 0.0
+        self,
+        image_channels: int = 1,
+        channels: int = 64,
+        time_embed_dim: int = 128,
+        dropout: float = 0.0,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.time_embedding = nn.Sequential(
@@ -91,7 +97,7 @@ class UNet(nn.Module):
         self.down1, self.down2, self.down3 = block(1, 1), block(1, 2), block(2, 4)
         self.mid = block(4, 4)
         self.up3, self.up2, self.up1 = block(8, 2), block(4, 1), block(2, 1)
-        self.out_conv = nn.Conv2d(channels, image_channels, 3, padding=1)
+        self.out_conv = nn.Conv2d(channels, out_channels or image_channels, 3, padding=1)
         self.pool = nn.AvgPool2d(2)
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
 
@@ -103,7 +109,7 @@ class UNet(nn.Module):
             t: int64 [B] in [0, T-1]; 0 is the least noisy.
 
         Returns:
-            [B, C, H, W], in float32 or in the autocast type.
+            [B, out_channels, H, W], in float32 or in the autocast type.
         """
         time = self.time_embedding(t)
         h1 = self.down1(self.in_conv(x), time)
