@@ -43,9 +43,11 @@ def row(item: Key) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as one writes it in a config: null, true, 0.0001, mnist."""
+    """A value as one writes it in a config: null, true, 0.0001, mnist, [1, 2]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
@@ -58,6 +60,10 @@ def valid(item: Key) -> str:
         return ", ".join(f"`{name}`" for name in TABLES[item.name])
     if typing.get_origin(wanted) is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(wanted)) + or_null
+    if typing.get_origin(wanted) is tuple:
+        words = {str: "words", int: "whole numbers", float: "numbers"}[typing.get_args(wanted)[0]]
+        each = f", each{bounds(item)}" if bounds(item) else ""
+        return f"list of {words}{each}{or_null}"
     words = {bool: "`true`, `false`", str: "text", int: "whole number", float: "number"}[wanted]
     return f"{words}{bounds(item)}{or_null}"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from ddpm_dist.config import (
     Config,
@@ -26,9 +27,12 @@ from ddpm_dist.config import (
     keys,
     load_config,
     loader_workers,
+    schema,
     to_flat,
     to_yaml,
 )
+from ddpm_dist.config.flat import Key
+from ddpm_dist.config.values import convert, given_in
 from ddpm_dist.errors import ConfigError, ExitCode
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +100,9 @@ def some_value(random_: random.Random, wanted: Any, bounds: typing.Mapping[str, 
         return "x" if value in ("null", "~") else value
     if typing.get_origin(wanted) is Literal:
         return random_.choice(typing.get_args(wanted))
+    if typing.get_origin(wanted) is tuple:
+        inner = typing.get_args(wanted)[0]
+        return tuple(some_value(random_, inner, bounds) for _ in range(random_.randrange(4)))
     if wanted is bool:
         return random_.random() < 0.5
     if wanted is str:
@@ -234,6 +241,75 @@ def test_a_line_break_in_a_value_does_not_break_the_message(tmp_path: Path, text
     refusal(file=write(tmp_path, text))  # which asserts one line
 
 
+# Lists
+
+
+def listed(tmp_path: Path, declared: Any, text: str, **bounds: float) -> Any:
+    """What a key of that type is set to by a text on the command line, and by the same text in a file."""
+    item = Key("a.b", declared, schema.key((), "", **bounds))  # type: ignore[arg-type]
+    document: Any = yaml.compose(f"a: {{b: {text}}}", Loader=yaml.SafeLoader)
+    node = document.value[0][1].value[0][1]
+    in_file = convert(item, given_in(node, "a.b", is_list=True), "file")
+    assert in_file == convert(item, text, "command line")
+    return in_file
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "value"),
+    [
+        (tuple[int, ...], "[128,256]", (128, 256)),
+        (tuple[int, ...], "[ 128 , 256 ]", (128, 256)),
+        (tuple[int, ...], "[7]", (7,)),
+        (tuple[int, ...], "[]", ()),
+        (tuple[float, ...], "[1e-4, .5]", (1e-4, 0.5)),
+        (tuple[str, ...], "[no, 1e-4, null, 'a, b', \"[\"]", ("no", "1e-4", "null", "a, b", "[")),
+        (tuple[int, ...] | None, "[1]", (1,)),
+        (tuple[int, ...] | None, "null", None),
+    ],
+)
+def test_a_list_is_written_the_same_way_in_a_file_and_on_the_command_line(
+    tmp_path: Path, declared: Any, text: str, value: Any
+) -> None:
+    assert listed(tmp_path, declared, text) == value
+
+
+@pytest.mark.parametrize(
+    ("declared", "text", "words"),
+    [
+        (tuple[int, ...], "128", "a.b=128: expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...], "1,2", "a.b=1,2: expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...], "[1, 2", "a.b=[1, 2: expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...], "[1, [2]]", "a.b=[1, [2]]: expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...], "[!!python/name:os.system x]", "expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...], "[" * 3000, "expected a list of whole numbers, like [128, 256]"),
+        (tuple[int, ...] | None, "{a: 1}", "a.b={a: 1}: expected a list of whole numbers, like [128, 256] or null"),
+        (tuple[float, ...], "0.9", "a.b=0.9: expected a list of numbers, like [0.9, 0.99]"),
+        (tuple[str, ...], "up", "a.b=up: expected a list of words, like [a, b]"),
+        (tuple[int, ...], "[1, x]", "a.b=[1, x]: element 2 is 'x'; expected a whole number"),
+        (tuple[int, ...], "[1e3]", "a.b=[1e3]: element 1 is '1e3'; expected a whole number in digits, like 1000,"),
+        (tuple[int, ...], "[4, 0]", "a.b=[4, 0]: element 2 is '0'; expected a whole number of at least 1"),
+        (tuple[float, ...], "[2, inf]", "a.b=[2, inf]: element 2 is 'inf'; expected a finite number"),
+        (tuple[str, ...], "[a, '']", "a.b=[a, '']: element 2 is ''; expected some text"),
+    ],
+)
+def test_a_wrong_list_is_refused_with_key_value_and_element(
+    tmp_path: Path, declared: Any, text: str, words: str
+) -> None:
+    item = Key("a.b", declared, schema.key((), "", minimum=1 if declared == tuple[int, ...] else None))
+    with pytest.raises(ConfigError) as caught:
+        convert(item, text, "command line")
+    assert str(caught.value).startswith("command line: ")
+    assert words in str(caught.value)
+
+
+def test_a_list_that_the_shell_has_torn_apart_is_put_together_in_the_message() -> None:
+    message = refusal("unet2d.block_out_channels=[1,", "2,", "3]")
+    assert message.endswith(
+        "'unet2d.block_out_channels=[1, 2, 3]': the shell tears a list apart at its blanks; "
+        "write unet2d.block_out_channels=[1,2,3]"
+    )
+
+
 # Unknown names
 
 
@@ -322,8 +398,6 @@ def test_yaml_tags_are_refused_and_nothing_is_executed(tmp_path: Path, text: str
 
 
 def test_the_dangerous_tags_above_are_dangerous(tmp_path: Path) -> None:
-    import yaml
-
     marker = tmp_path / "executed"
     yaml.unsafe_load(f"optim: !!python/object/apply:os.system ['touch {marker}']")
     assert marker.exists()

@@ -51,8 +51,17 @@ def keys() -> Mapping[str, Key]:
     return types.MappingProxyType(found)
 
 
+def is_list(name: str) -> bool:
+    """Whether there is such a key, and it takes a list."""
+    return name in keys() and any(
+        typing.get_origin(each) is tuple for each in (keys()[name].type, *typing.get_args(keys()[name].type))
+    )
+
+
 def from_flat(values: Mapping[str, Any]) -> Config:
     """A config from {dotted key: value of the right type}. Keys that are left out keep their defaults.
+
+    A list may be given as a list, as `to_flat` and JSON have it, or as the tuple that the config holds.
 
     Raises:
         ConfigError: there is no such key. The checkpoint of a later version may hold keys that this one does not know.
@@ -62,14 +71,15 @@ def from_flat(values: Mapping[str, Any]) -> Config:
         if name not in keys():
             raise ConfigError(f"unknown key {name!r}")
         section, item = name.split(".")
-        sections.setdefault(section, {})[item] = value
+        sections.setdefault(section, {})[item] = tuple(value) if isinstance(value, list) else value
     section_types = typing.get_type_hints(Config)
     return Config(**{name: section_types[name](**given) for name, given in sections.items()})
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of every key, in the order of `keys`."""
-    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in keys()}
+    """{dotted key: value} of every key, in the order of `keys`. The values are plain JSON: a tuple becomes a list."""
+    flat = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in keys()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
 def named_parts(config: Config) -> dict[str, str]:

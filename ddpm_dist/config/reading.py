@@ -1,28 +1,23 @@
 """Reads a YAML file and dotted overrides into a validated config. Overrides beat the file, which beats the defaults.
 
-Values are read as text and converted to the type that their key declares. So `1e-4` is a number where a key wants a
-number, and `no` is a boolean only where a key wants a boolean.
+Values are read as text, or as a list of texts; `config/values.py` converts them to the type that their key declares.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from ddpm_dist.config.checks import check_together
-from ddpm_dist.config.flat import Key, from_flat, keys
+from ddpm_dist.config.flat import Key, from_flat, is_list, keys
 from ddpm_dist.config.schema import Config
+from ddpm_dist.config.values import Given, convert, given_in
 from ddpm_dist.errors import ConfigError
-
-PATHS = ("run.root", "data.root")  # keys in whose values `~` stands for the home folder
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -37,8 +32,8 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for place, name, text in [*(_read_file(Path(file)) if file else ()), *_read_overrides(list(overrides))]:
-        values[name] = _convert(_known(name, place), text, place)
+    for place, name, given in [*(_read_file(Path(file)) if file else ()), *_read_overrides(list(overrides))]:
+        values[name] = convert(_known(name, place), given, place)
         places[name] = place
     config = from_flat(values)
     try:
@@ -50,14 +45,14 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
     return config
 
 
-def _read_file(path: Path) -> list[tuple[str, str, str]]:
-    """(place, dotted key, text) of each value in the file.
+def _read_file(path: Path) -> list[tuple[str, str, Given]]:
+    """(place, dotted key, text or list of texts) of each value in the file.
 
     It reads the nodes of the YAML document and makes no Python objects of them, so that no tag can do any harm.
     """
     root = _compose(path)
     sections = [item.name for item in dataclasses.fields(Config)]
-    found: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, Given]] = []
     if root is None:
         return found
     for place, section, node in _entries(path, root, ""):
@@ -70,11 +65,7 @@ def _read_file(path: Path) -> list[tuple[str, str, str]]:
         if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
             continue  # a section whose keys are all commented out
         for inner_place, name, value in _entries(path, node, f"{section}."):
-            if not isinstance(value, yaml.ScalarNode) or not value.tag.startswith("tag:yaml.org,2002:"):
-                raise ConfigError(f"{inner_place}: {name}: expected one plain value")
-            if value.tag.startswith("tag:yaml.org,2002:python"):
-                raise ConfigError(f"{inner_place}: {name}: YAML tags are not obeyed; expected one plain value")
-            found.append((inner_place, name, value.value))
+            found.append((inner_place, name, given_in(value, f"{inner_place}: {name}", is_list(name))))
     return found
 
 
@@ -140,8 +131,8 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, str]]:
-    found = []
+def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Given]]:
+    found: list[tuple[str, str, Given]] = []
     for place, text in enumerate(overrides):
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -161,6 +152,11 @@ def _instead_of(words: Sequence[str], place: int) -> str:
     joined = "".join(pieces)
     if joined.partition("=")[0] in keys() and len(pieces) > 1:
         return f"{' '.join(pieces)!r}: there must be no blanks around the =; write {joined}"
+    opened = next((number for number in range(place - 1, -1, -1) if "=[" in words[number]), None)
+    closed = next((number for number in range(place, len(words)) if "]" in words[number]), None)
+    if opened is not None and closed is not None and "]" not in "".join(words[opened:place]):
+        torn = words[opened : closed + 1]
+        return f"{' '.join(torn)!r}: the shell tears a list apart at its blanks; write {''.join(torn)}"
     if word.endswith((".yaml", ".yml")):
         return f"{word!r} is no section.key=value; for a config file write --config {word}"
     return f"{word!r}: expected section.key=value, for example optim.lr=1e-4"
@@ -200,61 +196,3 @@ def _suggest(name: str) -> str:
 
 def _did_you_mean(near: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; `--help-config` lists all keys"
-
-
-def _in_digits(text: str) -> str:
-    """', like 1000000' for `1e6`, which people write for large whole numbers; '' for what is no whole number."""
-    try:
-        number = float(text)
-    except ValueError:
-        return ""
-    return f" in digits, like {int(number)}," if number.is_integer() and number < 1e15 else ""
-
-
-_BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
-
-
-def _convert(item: Key, text: str, place: str) -> Any:
-    """The text, converted to the declared type of the key. Refuses a value outside the bounds of the key."""
-    wanted, optional = item.type, False
-    if isinstance(wanted, types.UnionType):
-        optional = True
-        (wanted,) = (arg for arg in typing.get_args(wanted) if arg is not type(None))
-    if optional and text.lower() in ("null", "none", "~", ""):
-        return None
-    or_null = " or null" if optional else ""
-
-    def refuse(expected: str) -> ConfigError:
-        return ConfigError(f"{place}: {item.name}={text}: expected {expected}{or_null}")
-
-    if typing.get_origin(wanted) is Literal:
-        choices = typing.get_args(wanted)
-        # Users of YAML write booleans as `no` and `yes` too, so a choice of auto, true and false accepts them.
-        text = str(_BOOLEANS.get(text.lower(), text)).lower() if "true" in choices else text
-        if text not in choices:
-            raise refuse(f"one of {', '.join(choices)}")
-        return text
-    if wanted is bool:
-        if text.lower() not in _BOOLEANS:
-            raise refuse("true or false")
-        return _BOOLEANS[text.lower()]
-    if wanted is str:
-        if not text:
-            raise refuse("some text")
-        return os.path.expanduser(text) if item.name in PATHS else text
-    name = {int: "a whole number", float: "a number"}[wanted]
-    try:
-        value = wanted(text)
-    except ValueError:
-        raise refuse(f"{name}{_in_digits(text) if wanted is int else ''}") from None
-    bounds = item.field.metadata
-    if value != value or value in (float("inf"), float("-inf")):
-        raise refuse("a finite number")
-    for passes, words in (
-        (bounds["minimum"] is None or value >= bounds["minimum"], f"of at least {bounds['minimum']}"),
-        (bounds["above"] is None or value > bounds["above"], f"above {bounds['above']}"),
-        (bounds["below"] is None or value < bounds["below"], f"below {bounds['below']}"),
-    ):
-        if not passes:
-            raise refuse(f"{name} {words}")
-    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -15,7 +15,14 @@ from ddpm_dist.config.schema import Config
 
 def to_yaml(config: Config) -> str:
     """The config as YAML with every key. `load_config` makes an equal config of it."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=False)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_ListsOnOneLine, sort_keys=False, default_flow_style=False)
+
+
+class _ListsOnOneLine(yaml.SafeDumper):
+    """Writes a list as `[a, b]`."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def unlike_the_defaults(config: Config) -> list[str]:
@@ -30,6 +37,7 @@ def describe_keys() -> str:
     lines = []
     for item in keys().values():
         default = "null" if item.field.default is None else item.field.default
+        default = json.dumps(default) if isinstance(default, tuple) else default
         choices = "|".join(typing.get_args(item.type)) if typing.get_origin(item.type) is Literal else ""
         lines.append(f"  {item.name}={default}  {item.help}{f' [{choices}]' if choices else ''}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from harness import TINY, call_unread, status
 from launch.request import from_arguments as request_from
 from launch.request import minutes_of
 from launch.submit import main, parse
-from launch.sweep import grid
+from launch.sweep import _as_name, _values, grid
 
 pytest.importorskip("submitit")
 
@@ -172,6 +172,11 @@ def test_a_sweep_is_the_whole_grid_with_names_that_say_which() -> None:
         f"quickstart-lr={lr}-dropout={dropout}" for lr in ("1e-4", "2e-4") for dropout in ("0.1", "0.2", "0.3")
     ]
     assert (runs[4].config.optim.lr, runs[4].config.model.dropout) == (2e-4, 0.2)
+
+
+def test_a_sweep_over_lists_is_parted_at_the_commas_between_them() -> None:
+    assert _values("[64,128],[128, 256],x") == ["[64,128]", "[128, 256]", "x"]
+    assert _as_name("block_out_channels=[128, 256]") == "block_out_channels=128_256"
 
 
 @pytest.mark.parametrize(
