@@ -72,10 +72,10 @@ def _crashing(cluster: Cluster, root: Path) -> SubmittedRun:
     bad = root / "bad"
     bad.mkdir()
     (bad / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), 9)\n")
-    path = cluster.environment["PYTHONPATH"]
+    path, soon = cluster.environment["PYTHONPATH"], "distributed.timeout_seconds=30"
     cluster.environment["PYTHONPATH"] = f"{bad}:{path}"  # a job keeps the environment in which it was submitted
     try:
-        return SubmittedRun(cluster, root, RUN, ("--nodes=2", "--ntasks-per-node=1"), "crashing")
+        return SubmittedRun(cluster, root, (*RUN, soon), ("--nodes=2", "--ntasks-per-node=1"), "crashing")
     finally:
         cluster.environment["PYTHONPATH"] = path
 

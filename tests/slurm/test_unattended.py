@@ -28,7 +28,7 @@ def test_the_time_limit_is_reached_twice(unattended: dict[str, SubmittedRun], na
 
 def test_a_training_that_always_crashes_is_tried_three_times(unattended: dict[str, SubmittedRun]) -> None:
     run = unattended["crashing"]
-    fields = run.cluster.wait_for_end(run.job, run.log, 150)
+    fields = run.cluster.wait_for_end(run.job, run.log, 300)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2")
     assert [end[1] for end in run.ends()] == ["again", "again", "none"]
     assert "3 attempts in a row died and saved nothing new: stays failed" in run.output()
