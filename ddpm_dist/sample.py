@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ddpm_dist.command import CommandLine, exit_codes, refuse
 from ddpm_dist.errors import ConfigError, UserError
-from ddpm_dist.run.directory import RunDirectory, no_run
+from ddpm_dist.run.directory import RunDirectory, is_weights_file, no_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,12 @@ EPILOG = exit_codes((65, 70, 78, 130), {0: "the images are drawn"})
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
     parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__, epilog=EPILOG)
-    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, like runs/mnist")
+    parser.add_argument(
+        "run_directory",
+        type=Path,
+        metavar="RUN_DIR",
+        help="directory of the run, like runs/mnist; or exported weights, FILE.safetensors",
+    )
     parser.add_argument("--num", type=int, default=64, metavar="N", help="number of images [64]")
     parser.add_argument(
         "--sampler", default="ddim", metavar="NAME", help="ddim, or ddpm, which visits all timesteps [ddim]"
@@ -72,7 +77,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {args.seed}: expected at least 0")
     if args.out and not args.out.endswith("/") and Path(args.out).suffix not in ("", ".png", ".npz"):
         raise ConfigError(f"--out {args.out}: expected grid.png, images.npz or a folder/")
-    if not RunDirectory(args.run_directory).config_file.exists():
+    if not is_weights_file(args.run_directory) and not RunDirectory(args.run_directory).config_file.exists():
         raise no_run(args.run_directory)
 
 

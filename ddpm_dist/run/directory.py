@@ -18,6 +18,11 @@ State = Literal["running", "preempted", "finished", "failed"]
 STATES = frozenset(typing.get_args(State))
 
 
+def is_weights_file(path: Path) -> bool:
+    """Whether the path is a file of exported weights, by its name, *.safetensors."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
 def no_run(path: Path) -> DataError:
     """The error for a path at which there is no run. Its message says where there are runs, if any are near."""
     if _is_run(path):
