@@ -92,8 +92,8 @@ class LocalCluster:
                 folder.rmdir()
 
     def is_healthy(self) -> bool:
-        """Whether every daemon that was started still runs."""
-        return all(self._processes.is_alive(name) for name in self._processes.names())
+        """Whether every daemon runs, and so does every node: one that crashed is struck off the record."""
+        return all(self._processes.is_alive(name) for name in (*self._processes.names(), *self.description.nodes))
 
     def report(self) -> str:
         """The daemons, then nodes and jobs as SLURM lists them."""
@@ -102,6 +102,9 @@ class LocalCluster:
             for name in self._processes.names()
         )
         environment = self.description.environment()
+        for node in self.description.nodes:
+            if node not in self._processes.names():
+                daemons += f"{node:10} is down; to start it again: slurm/local-cluster restore {node}\n"
         nodes = run("sinfo", "-N", "-o", "%8N %10P %10T %4c %10G %E", check=False, environment=environment).stdout
         return daemons + nodes + run("squeue", check=False, environment=environment).stdout
 

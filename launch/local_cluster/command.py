@@ -134,17 +134,29 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _crash(arguments: argparse.Namespace) -> int:
-    _running(arguments).crash(arguments.node)
+    cluster = _running(arguments)
+    cluster.crash(arguments.node)
+    print(f"{arguments.node} has crashed: no process of it is left; {_what_follows(cluster, arguments.node)}")
     return 0
 
 
 def _crash_slurmd(arguments: argparse.Namespace) -> int:
-    _running(arguments).crash_slurmd(arguments.node)
+    cluster = _running(arguments)
+    cluster.crash_slurmd(arguments.node)
+    print(f"slurmd of {arguments.node} is dead, its tasks run on; {_what_follows(cluster, arguments.node)}")
     return 0
 
 
+def _what_follows(cluster: LocalCluster, node: str) -> str:
+    options = cluster.description.options
+    seconds = options.slurmd_timeout + options.message_timeout
+    return f"SLURM notices within about {seconds} s; to start the node again: slurm/local-cluster restore {node}"
+
+
 def _restore(arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
     _running(arguments).restore(arguments.node)
+    print(f"{arguments.node} takes jobs again, after {time.monotonic() - start:.1f} s")
     return 0
 
 

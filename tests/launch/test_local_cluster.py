@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.local_cluster import cluster
 from launch.local_cluster.command import main
 from launch.local_cluster.configuration import slurm_conf
 from launch.local_cluster.description import Description, load
@@ -188,6 +189,27 @@ def test_descendants_are_found(processes: RecordedProcesses, tmp_path: Path) -> 
     wait_until("a child", lambda: len(with_descendants(pid)) == 2, 10)
     for each in with_descendants(pid)[1:]:
         kill(each)
+
+
+def test_a_crash_says_what_it_did_and_status_knows_of_it(
+    tmp_path: Path, processes: RecordedProcesses, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=""))
+    description(tmp_path, mode="ports", nodes=2).save()
+    for node in ("node1", "node2"):
+        processes.start(node, ["sleep", "60"], tmp_path / "log")
+    command = ["--state", str(tmp_path)]
+    assert main([*command, "status"]) == 0
+    capsys.readouterr()
+    how = "SLURM notices within about 15 s; to start the node again: slurm/local-cluster restore"
+    assert main([*command, "crash", "node2"]) == 0
+    assert capsys.readouterr().out == f"node2 has crashed: no process of it is left; {how} node2\n"
+    assert main([*command, "status"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"node1      pid {processes.pid('node1'):<7} alive\n")
+    assert "node2      is down; to start it again: slurm/local-cluster restore node2\n" in shown
+    assert main([*command, "crash-slurmd", "node1"]) == 0
+    assert capsys.readouterr().out == f"slurmd of node1 is dead, its tasks run on; {how} node1\n"
 
 
 def test_waiting_says_what_did_not_come() -> None:
