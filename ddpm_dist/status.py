@@ -170,14 +170,17 @@ def _totals(report: Report) -> str:
 def _outlook(report: Report) -> str:
     if report.steps_left is None:
         return ""
-    left = f"{report.steps_left} steps left"
+    left, job = f"{report.steps_left} steps left", report.requeued_job
     if report.seconds_left is None or report.seconds_per_step is None:
-        return f"ETA not known, {left}" if report.state == "running" else f"{left}; the same command resumes it"
+        if report.state == "running":
+            return f"ETA not known, {left}"
+        return f"{left}; {'the same command' if job is None else f'the requeued job {job}'} resumes it"
     left += f" at {report.seconds_per_step:.3g} s each"
     if report.state == "running":
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(time.time() + report.seconds_left, 2.0**36)))
         return f"ETA {at}, in {duration(report.seconds_left)}: {left}"
-    return f"{duration(report.seconds_left)} more once it is resumed by the same command: {left}"
+    how = "it is resumed by the same command" if job is None else f"SLURM starts the requeued job {job} again"
+    return f"{duration(report.seconds_left)} more once {how}: {left}"
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
 from ddpm_dist.config import to_yaml
 from ddpm_dist.errors import ConfigError, UserError
+from ddpm_dist.run.directory import RunDirectory
+from ddpm_dist.tracking.address import refuse_password
 from launch.batch import LIFECYCLE, REQUEUE
 from launch.cluster import expand, read_cluster, sacct_answers
 from launch.cores import default_cores
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"no {script}: launch.submit works from a checkout, with `pip install -e .`")
         if args.cluster == "debug":
             return _debug(runs)
+        if not args.dry_run:
+            _ask_run_directories(runs)
         cores = _cores(request) if args.cluster == "slurm" else request.cpus_per_task or 1
         request, *runs = (dataclasses.replace(each, cpus_per_task=cores) for each in (request, *runs))
         return _submit(request, runs, args)
@@ -72,6 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return nobody_reads()
     except KeyboardInterrupt:
         return 130
+
+
+def _ask_run_directories(runs: Sequence[Request]) -> None:
+    """Refuse now what the trainer would refuse once the job has waited for its nodes.
+
+    Raises:
+        ConfigError: a run was started with another config, or its config would give away a password.
+    """
+    for run in runs:
+        directory = RunDirectory(run.config.directory)
+        try:
+            refuse_password(run.config, directory)
+            directory.reconcile(run.config)
+        except OSError:  # this machine does not see run.root as the nodes do
+            continue
 
 
 def _debug(runs: Sequence[Request]) -> int:

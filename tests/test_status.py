@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,26 @@ def test_the_report_names_the_node_on_which_attempts_die(finished: Path) -> None
     assert snapshot(finished) == before, "nothing is written"
 
 
+@pytest.mark.parametrize(
+    ("line", "how"),
+    [
+        ("event=end code=75 next=again", "once SLURM starts the requeued job 7_1 again: "),
+        ("event=end code=75 next=none", "once it is resumed by the same command: "),
+        ("event=begin saved=20", "once it is resumed by the same command: "),
+    ],
+)
+def test_a_job_that_was_requeued_is_what_resumes_the_run(run: Path, line: str, how: str) -> None:
+    (run / "attempts" / "00003.json").unlink()
+    (run / "status.json").write_text(json.dumps({"state": "preempted", "target": 100}))
+    log = run / "slurm.log"
+    log.write_text(f"time=5 job=7_1 event=begin\ntime={int(time.time())} chain=7_1 job=7_1 restart=0 {line}\n")
+    assert any(how in text for text in show(run)), show(run)
+    if line.endswith("again"):
+        assert facts(run)["requeued_job"] == "7_1"
+        log.write_text(f"time=5 job=7_1 restart=0 {line}\n")  # an attempt without SLURM has begun since
+        assert any("the same command" in text for text in show(run))
+
+
 def test_an_attempt_that_died_in_its_first_second_is_a_run_and_says_where(tmp_path: Path) -> None:
     with start(1, tmp_path, *LONG, function=call_train_dying_at_its_data) as job:
         assert job.wait(60) == [-9]
@@ -156,13 +177,14 @@ def test_help_says_what_goodput_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "share of the wall time of all attempts that went into steps that counted" in capsys.readouterr().out
 
 
-FILES = ("status.json", "config.yaml", "metrics.jsonl", "attempts/00001.json", "attempts/00003.json")
+FILES = ("status.json", "config.yaml", "metrics.jsonl", "attempts/00001.json", "attempts/00003.json", "slurm.log")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'{"step": "x", "attempt": [], "nodes": 3}\n']
 )
 def test_damaged_files_cost_facts_and_no_traceback(run: Path, content: bytes) -> None:
+    (run / "slurm.log").write_text(f"time={int(time.time())} job=7 event=end next=again\n")
     for name in FILES:
         whole = (run / name).read_bytes()
         (run / name).write_bytes(content)

@@ -1,5 +1,7 @@
 """The files in `attempts/`, read afterwards: where each attempt trained, from which step to which, how it ended.
 
+Whether the SLURM job of the last attempt comes back is in slurm.log, which slurm/requeue.sh writes.
+
 The files may be old, damaged or edited by hand: a value that cannot be right counts as not known.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +84,26 @@ def read_records(directory: Path, status: dict[str, Any]) -> list[AttemptRecord]
         alive = facts is not None and newest and "state" not in facts and is_alive(path, facts)
         records.append(record_of(number, facts, alive))
     return records
+
+
+def requeued_job(slurm_log: Path, records: Sequence[AttemptRecord]) -> str | None:
+    """The id of the SLURM job that comes back and goes on with the run; None if none does, as far as slurm.log says.
+
+    SLURM is not asked: the job may have been cancelled since.
+
+    Args:
+        slurm_log: a line of KEY=VALUE words for the beginning and for the end of each attempt of a job.
+        records: every attempt, ascending. If one has begun since the last line, that line says nothing about it.
+    """
+    try:
+        lines = slurm_log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    last = dict(word.partition("=")[::2] for word in lines[-1].split()) if lines else {}
+    if last.get("next") != "again" or not last.get("time", "").isdecimal():
+        return None
+    begun = max((record.started for record in records if record.started is not None), default=0.0)
+    return as_text(last.get("job")) or None if int(last["time"]) + 1 >= begun else None
 
 
 def _with_status(facts: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:

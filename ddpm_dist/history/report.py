@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddpm_dist.errors import ConfigError, DataError, ExitCode
-from ddpm_dist.history.attempts import AttemptRecord, as_count, as_number, as_text, as_time, read_records
+from ddpm_dist.history.attempts import (
+    AttemptRecord,
+    as_count,
+    as_number,
+    as_text,
+    as_time,
+    read_records,
+    requeued_job,
+)
 from ddpm_dist.history.nodes import Suspicion, suspicious_nodes, why_nobody
 from ddpm_dist.run.directory import STATES, RunDirectory, no_run
 from ddpm_dist.run.files import read_json
@@ -73,6 +81,7 @@ class Report:
         steps_left, seconds_left: to the target, at the recent pace; None if the run is finished or cannot go on.
         suspicions: nodes on which attempts die.
         nodes_note: why no node is suspicious although attempts died.
+        requeued_job: the id of the SLURM job that will go on with the run, since it was requeued.
     """
 
     run: str
@@ -90,6 +99,7 @@ class Report:
     seconds_left: float | None
     suspicions: list[Suspicion]
     nodes_note: str
+    requeued_job: str | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; each attempt is one flat object."""
@@ -114,7 +124,8 @@ def read_report(path: Path) -> Report:
     if status is None and not records and not directory.config_file.exists():
         # A run whose only attempt failed before its first step has no config.yaml.
         raise no_run(path)
-    return make_report(str(path), status or {}, records, read_logged(directory.metrics_file), _batch_size(directory))
+    logged, job = read_logged(directory.metrics_file), requeued_job(directory.slurm_log, records)
+    return make_report(str(path), status or {}, records, logged, _batch_size(directory), requeued_job=job)
 
 
 def _batch_size(directory: RunDirectory) -> int | None:
@@ -144,6 +155,7 @@ def make_report(
     logged: dict[int, list[Logged]],
     batch_size: int | None,
     now: float | None = None,
+    requeued_job: str | None = None,
 ) -> Report:
     """The report of what was read.
 
@@ -154,6 +166,7 @@ def make_report(
         logged: lines of metrics.jsonl by attempt (`read_logged`).
         batch_size: data.batch_size, images a step over all ranks; None where not known.
         now: seconds since 1970; None: the present.
+        requeued_job: the SLURM job that comes back, if slurm.log names one.
     """
     now = time.time() if now is None else now
     boundaries = kept_steps(records, status)
@@ -190,6 +203,7 @@ def make_report(
         seconds_left=None if left is None or pace is None else left * pace,
         suspicions=suspicions,
         nodes_note="" if suspicions else why_nobody(outcomes),
+        requeued_job=None if state in ("running", "finished") else requeued_job,
     )
 
 

@@ -67,6 +67,7 @@ class RunDirectory:
         self.status_file = path / "status.json"
         self.metrics_file = path / "metrics.jsonl"
         self.mlflow_file = path / "mlflow.json"
+        self.slurm_log = path / "slurm.log"  # written by slurm/requeue.sh
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.attempts = path / "attempts"

@@ -35,6 +35,24 @@ def choose_uri(config: Config, directory: RunDirectory) -> str | None:
     return uri
 
 
+def refuse_password(config: Config, directory: RunDirectory) -> None:
+    """Keep the password of a server out of config.yaml, the checkpoints and MLflow's parameters, which many can read.
+
+    A run in whose config.yaml it stands already goes on: there the harm is done.
+
+    Raises:
+        ConfigError: tracking.uri holds a password.
+    """
+    uri = config.tracking.uri
+    if uri is None or not uri.startswith("http") or without_password(uri) == uri:
+        return
+    if not directory.config_file.exists() or directory.read_config().tracking.uri != uri:
+        raise ConfigError(
+            f"tracking.uri: a password in it would stand in config.yaml and among MLflow's parameters; give "
+            f"tracking.uri={without_password(uri)} and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+
+
 def address_of(uri: str | None, directory: RunDirectory) -> str:
     """A tracking URI for MLflow. The default database lies beside the run, wherever that was moved to."""
     return uri or f"sqlite:///{directory.path.resolve().parent / 'mlflow.db'}"

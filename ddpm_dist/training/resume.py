@@ -19,7 +19,7 @@ from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.store import CheckpointStore
-from ddpm_dist.tracking.address import choose_uri
+from ddpm_dist.tracking.address import choose_uri, refuse_password
 from ddpm_dist.training.contract import LATER_TERMS, new_contract
 
 
@@ -83,6 +83,7 @@ def _claim(config: Config, attempt: Attempt, store: CheckpointStore, should_stop
     check_names(config)
     with directory.its_errors():
         directory.refuse_links()
+        refuse_password(config, directory)
         changed = directory.reconcile(config)
         finished = _finished(config, directory, store)
         if finished is not None:
