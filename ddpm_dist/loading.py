@@ -59,7 +59,7 @@ class LoadedRun:
     image_shape: tuple[int, int, int]
 
     def denoiser(self, clip: bool) -> Denoiser:
-        """A denoiser for samplers: (x_t, t) -> (x_start, eps).
+        """A denoiser for samplers: (x_t, t) -> Denoised.
 
         Args:
             clip: whether x_start is clipped to [-1, 1] at each step.

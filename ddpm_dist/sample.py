@@ -85,7 +85,7 @@ def _sample(args: argparse.Namespace) -> Path:
     import torch
     from tqdm import tqdm
 
-    from ddpm_dist.diffusion.samplers import SAMPLERS
+    from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
     from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
     from ddpm_dist.loading import load_run
     from ddpm_dist.parallel.environment import cpu_threads, read_environment
@@ -94,7 +94,7 @@ def _sample(args: argparse.Namespace) -> Path:
     if args.sampler not in SAMPLERS:
         raise ConfigError(f"--sampler {args.sampler}: expected one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[args.sampler]
-    if args.steps is not None and not sampler.takes_steps:
+    if args.steps is not None and "steps" not in sampler.takes:
         raise ConfigError(
             f"--steps {args.steps}: --sampler {args.sampler} visits all timesteps; leave --steps out, or give "
             "--sampler ddim"
@@ -105,14 +105,15 @@ def _sample(args: argparse.Namespace) -> Path:
     run = load_run(args.run_directory, args.step, device=device)
     configure_backends(run.config.train, cpu_threads(read_environment()))
     num_timesteps = run.process.num_timesteps
-    steps = args.steps if args.steps is not None else min(50, num_timesteps)
-    if not 1 <= steps <= num_timesteps:
+    if args.steps is not None and not 1 <= args.steps <= num_timesteps:
         raise ConfigError(
-            f"--steps {steps}: expected 1 to {num_timesteps}, since the run has diffusion.num_timesteps={num_timesteps}"
+            f"--steps {args.steps}: expected 1 to {num_timesteps}, since the run has "
+            f"diffusion.num_timesteps={num_timesteps}"
         )
 
     out = Path(args.out or run.directory.samples / f"{args.sampler}-seed{args.seed}-step-{run.step:08d}.png")
-    total = num_model_calls(args.num, sampler, steps, num_timesteps)
+    options = SamplerOptions(steps=args.steps)
+    total = num_model_calls(args.num, sampler, options, num_timesteps)
     with tqdm(total=total, unit="call", desc=f"{args.num} images", disable=None) as bar:
         blocks = generate_blocks(
             run.denoiser(sampler.clip),
@@ -121,7 +122,7 @@ def _sample(args: argparse.Namespace) -> Path:
             shape=run.image_shape,
             num=args.num,
             seed=args.seed,
-            steps=steps,
+            options=options,
             device=device,
             on_step=lambda: bar.update() and None,
         )

@@ -20,10 +20,11 @@ from ddpm_dist import build, loading, sample
 from ddpm_dist.config import DataConfig
 from ddpm_dist.data.datasets import DATASETS, DataSet
 from ddpm_dist.data.in_memory import ImagesInMemory, read_mnist5k
+from ddpm_dist.diffusion.denoiser import Denoise, Denoised
 from ddpm_dist.diffusion.losses import LOSSES, DenoisingLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import SAMPLERS, Denoise, Sampler
+from ddpm_dist.diffusion.samplers import SAMPLERS, Sampler, SamplerOptions
 from ddpm_dist.diffusion.schedules import SCHEDULES, linear_betas
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_dist.evaluation.generate import generate_blocks
@@ -108,7 +109,7 @@ def test_a_prediction(tmp_path: Path) -> None:
     PREDICTIONS["flow"] = FlowPrediction
     denoiser = loading.load_run(run).denoiser(clip=False)
     x_t, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 17])
-    x_start, eps = denoiser(x_t, t)
+    x_start, eps, _ = denoiser(x_t, t)
     torch.testing.assert_close(denoiser.process.q_sample(x_start, t, eps), x_t)
     assert sample.main([str(run), "--num", "2", "--steps", "3", "--out", str(tmp_path / "out.png")]) == 0
 
@@ -223,11 +224,11 @@ def test_conditioning_in_a_batch(tmp_path: Path) -> None:
 # A denoiser, a sampler
 
 
-def knows_the_answer(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def knows_the_answer(x_t: Tensor, t: Tensor) -> Denoised:
     """A denoiser that is no network at all: every image is grey 0.5."""
     process = GaussianDiffusion(linear_betas(20))
     x_start = torch.full_like(x_t, 0.5)
-    return x_start, process.predict_eps_from_start(x_t, t, x_start)
+    return Denoised(x_start, process.predict_eps_from_start(x_t, t, x_start))
 
 
 def jump_sample(
@@ -235,23 +236,25 @@ def jump_sample(
     process: GaussianDiffusion,
     x_T: Tensor,
     draw_noise: Callable[[], Tensor],
-    steps: int,
+    options: SamplerOptions,
     on_step: Callable[[], None],
 ) -> Tensor:
     """Believe the first prediction."""
-    x_start, _ = denoiser(x_T, torch.full((len(x_T),), process.num_timesteps - 1))
+    x_start = denoiser(x_T, torch.full((len(x_T),), process.num_timesteps - 1)).x_start
     on_step()
     return x_start
 
 
-JUMP = Sampler(jump_sample, num_calls=lambda steps, num_timesteps: 1, clip=True, takes_steps=False)
+JUMP = Sampler(jump_sample, num_calls=lambda options, num_timesteps: 1, clip=True)
 
 
 @pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], JUMP])
 def test_a_denoiser(sampler: Sampler) -> None:
     process = GaussianDiffusion(linear_betas(20))
-    sizes = {"shape": (1, 4, 4), "num": 3, "seed": 0, "steps": 5, "device": torch.device("cpu"), "block_size": 4}
-    blocks = generate_blocks(knows_the_answer, process, sampler, on_step=lambda: None, **sizes)  # type: ignore[arg-type]
+    blocks = generate_blocks(
+        knows_the_answer, process, sampler, shape=(1, 4, 4), num=3, seed=0, options=SamplerOptions(steps=5),
+        device=torch.device("cpu"), on_step=lambda: None, block_size=4,
+    )  # fmt: skip
     assert torch.equal(torch.cat(list(blocks)), torch.full((3, 1, 4, 4), 191, dtype=torch.uint8))
 
 

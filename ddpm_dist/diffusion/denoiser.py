@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,9 +15,28 @@ Network = Callable[..., Tensor]
 """(x_t float32 [B, ...], t int64 [B], **cond) -> its output [B, ...], in float32 or a half precision type."""
 
 
+class Denoised(NamedTuple):
+    """What a denoiser says about x_t. x_start and eps together make up x_t.
+
+    Attributes:
+        x_start: the image, float32 [B, ...].
+        eps: the noise, float32 [B, ...].
+        log_variance: the natural logarithm of the variance of p(x_{t-1} | x_t), float32 [B, ...]; None unless the
+            network learns it.
+    """
+
+    x_start: Tensor
+    eps: Tensor
+    log_variance: Tensor | None = None
+
+
+Denoise = Callable[[Tensor, Tensor], Denoised]
+"""(x_t float32 [B, ...], t int64 [B] in [0, T-1]) -> what it is made of; `Denoiser` is one, made of a network."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
-    """(x_t, t) -> (x_start, eps), made of a network, the meaning of its output, and clipping.
+    """(x_t, t) -> Denoised, made of a network, the meaning of its output, and clipping.
 
     Attributes:
         network: in evaluation mode.
@@ -33,7 +53,7 @@ class Denoiser:
     clip: bool
     cond: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, t: Tensor) -> Denoised:
         """The x_0 and the ε that the network predicts from x_t.
 
         Args:
@@ -48,4 +68,4 @@ class Denoiser:
         if self.clip:
             x_start = x_start.clamp(-1, 1)
             eps = self.process.predict_eps_from_start(x_t, t, x_start)
-        return x_start, eps
+        return Denoised(x_start, eps)

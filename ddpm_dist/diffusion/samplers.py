@@ -12,10 +12,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ddpm_dist.diffusion.denoiser import Denoise
 from ddpm_dist.diffusion.process import GaussianDiffusion
 
-Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x_t float32 [B, ...], t int64 [B]) -> (x_start, eps), each float32 [B, ...]; see `denoiser.Denoiser`."""
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What a user can choose about a sampler. Each sampler has its own use for some of these (`Sampler.takes`).
+
+    Attributes:
+        steps: number of timesteps to visit, 1 .. T; None leaves it to the sampler.
+    """
+
+    steps: int | None = None
+
+    def num_steps(self, num_timesteps: int) -> int:
+        """The number of timesteps to visit, for samplers that need few: 50 if nothing else is asked for.
+
+        Args:
+            num_timesteps: T.
+        """
+        return min(50, num_timesteps) if self.steps is None else self.steps
 
 
 class Sample(Protocol):
@@ -27,17 +44,17 @@ class Sample(Protocol):
         process: GaussianDiffusion,
         x_T: Tensor,
         draw_noise: Callable[[], Tensor],
-        steps: int,
+        options: SamplerOptions,
         on_step: Callable[[], None],
     ) -> Tensor:
         """The images.
 
         Args:
-            denoiser: (x_t, t) -> (x_start, eps); it decides whether x_start is clipped.
+            denoiser: (x_t, t) -> Denoised; it decides whether x_start is clipped.
             process: the forward process, with its tables on x_T's device.
             x_T: float32 [B, ...], standard normal.
             draw_noise: returns fresh standard normal noise of x_T's shape at each call.
-            steps: number of timesteps to visit, 1 .. T; a sampler that visits all of them ignores it.
+            options: what the user chose; a sampler ignores those that it does not take.
             on_step: called after each call of the denoiser; may raise to stop.
 
         Returns:
@@ -51,15 +68,18 @@ class Sampler:
 
     Attributes:
         sample: turns noise into images.
-        num_calls: (steps asked for, T) -> how often it calls the denoiser, for progress bars.
+        num_calls: (options, T) -> how often it calls the denoiser, for progress bars.
         clip: whether the denoiser that it gets should clip x_start.
-        takes_steps: whether the user can choose the number of steps.
+        takes: the names of the options that it has a use for.
     """
 
     sample: Sample
-    num_calls: Callable[[int, int], int]
+    num_calls: Callable[[SamplerOptions, int], int]
     clip: bool
-    takes_steps: bool
+    takes: frozenset[str] = frozenset()
+
+
+NO_OPTIONS = SamplerOptions()
 
 
 def _nothing() -> None:
@@ -72,7 +92,7 @@ def ddpm_sample(
     process: GaussianDiffusion,
     x_T: Tensor,
     draw_noise: Callable[[], Tensor],
-    steps: int = 0,
+    options: SamplerOptions = NO_OPTIONS,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
     """Ancestral sampling over all T timesteps with variance β_t. `Sample` describes the arguments.
@@ -85,7 +105,7 @@ def ddpm_sample(
     x = x_T
     for step in reversed(range(process.num_timesteps)):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        x_start, eps = denoiser(x, t)
+        x_start, eps, _ = denoiser(x, t)
         if process.zero_terminal_snr and step == process.num_timesteps - 1:
             # Here eq. 11 divides by 0. The mean of q(x_{t-1} | x_t, x_0), which it stands for, is defined.
             x, _ = process.q_posterior_mean_variance(x_start, x, t)
@@ -107,7 +127,7 @@ def ddim_sample(
     process: GaussianDiffusion,
     x_T: Tensor,
     draw_noise: Callable[[], Tensor] = _no_noise,
-    steps: int = 50,
+    options: SamplerOptions = NO_OPTIONS,
     on_step: Callable[[], None] = _nothing,
 ) -> Tensor:
     """Deterministic DDIM over evenly spaced timesteps from T - 1 to 0. `Sample` describes the arguments.
@@ -118,13 +138,13 @@ def ddim_sample(
         float32 [B, ...], in [-1, 1] if the denoiser clips.
 
     Raises:
-        ValueError: steps is not in 1 .. T.
+        ValueError: options.steps is not in 1 .. T.
     """
     x = x_T
-    timesteps = ddim_timesteps(process.num_timesteps, steps)
+    timesteps = ddim_timesteps(process.num_timesteps, options.num_steps(process.num_timesteps))
     for step, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        x_start, eps = denoiser(x, t)
+        x_start, eps, _ = denoiser(x, t)
         x = ddim_step(process, x_start, eps, previous)
         on_step()
     return x
@@ -159,7 +179,7 @@ def ddim_step(process: GaussianDiffusion, x_start: Tensor, eps: Tensor, previous
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim_sample, num_calls=lambda steps, num_timesteps: steps, clip=True, takes_steps=True),
-    "ddpm": Sampler(ddpm_sample, num_calls=lambda steps, num_timesteps: num_timesteps, clip=False, takes_steps=False),
+    "ddim": Sampler(ddim_sample, num_calls=SamplerOptions.num_steps, clip=True, takes=frozenset({"steps"})),
+    "ddpm": Sampler(ddpm_sample, num_calls=lambda options, num_timesteps: num_timesteps, clip=False),
 }
 """The samplers by the name that users give them."""

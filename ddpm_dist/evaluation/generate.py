@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ddpm_dist.diffusion.denoiser import Denoise
 from ddpm_dist.diffusion.pixels import to_uint8
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import Denoise, Sampler
+from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
 from ddpm_dist.randomness import generator
 
 BLOCK_SIZE = 64
@@ -24,7 +25,7 @@ def generate_blocks(
     shape: tuple[int, int, int],
     num: int,
     seed: int,
-    steps: int,
+    options: SamplerOptions,
     device: torch.device,
     on_step: Callable[[], None],
     block_size: int = BLOCK_SIZE,
@@ -36,13 +37,13 @@ def generate_blocks(
     of its batch.
 
     Args:
-        denoiser: (x_t, t) -> (x_start, eps), on the device.
+        denoiser: (x_t, t) -> Denoised, on the device.
         process: the forward process, with its tables on the device.
         sampler: turns noise into images.
         shape: (C, H, W) of one image.
         num: number of images, at least 0.
         seed: at least 0.
-        steps: timesteps to visit; samplers that visit all of them ignore it.
+        options: what the user chose about the sampler.
         device: where the images are computed.
         on_step: called after each call of the denoiser; may raise to stop.
         block_size: images of one batch. Another size changes the images by rounding only.
@@ -56,15 +57,17 @@ def generate_blocks(
         def draw_noise(generators: list[torch.Generator] = generators) -> Tensor:
             return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
 
-        images = sampler.sample(denoiser, process, draw_noise(), draw_noise, steps, on_step)
+        images = sampler.sample(denoiser, process, draw_noise(), draw_noise, options, on_step)
         yield to_uint8(images)[: num - first].cpu()
 
 
-def num_model_calls(num: int, sampler: Sampler, steps: int, num_timesteps: int, block_size: int = BLOCK_SIZE) -> int:
+def num_model_calls(
+    num: int, sampler: Sampler, options: SamplerOptions, num_timesteps: int, block_size: int = BLOCK_SIZE
+) -> int:
     """How often `generate_blocks` calls `on_step`, for progress bars.
 
     Args:
-        steps: timesteps to visit; samplers that visit all of them ignore it.
+        options: what the user chose about the sampler.
         num_timesteps: T.
     """
-    return -(-num // block_size) * sampler.num_calls(steps, num_timesteps)
+    return -(-num // block_size) * sampler.num_calls(options, num_timesteps)

@@ -17,7 +17,7 @@ import torch
 
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.diffusion.denoiser import Denoiser
-from ddpm_dist.diffusion.samplers import SAMPLERS
+from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
 from ddpm_dist.errors import Diverged, StopRequested
 from ddpm_dist.evaluation.generate import generate_blocks
 from ddpm_dist.evaluation.pictures import save_grid
@@ -253,7 +253,7 @@ class Preview:
             shape=self._context.image_shape,
             num=self._preview.num_images,
             seed=self._preview.seed,
-            steps=self._preview.steps,
+            options=SamplerOptions(steps=self._preview.steps),
             device=self._context.trainer.ranks.device,
             on_step=on_step,
         )

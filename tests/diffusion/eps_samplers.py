@@ -45,7 +45,9 @@ def ddim_sample(
     on_step: Callable[[], None] = nothing,
 ) -> Tensor:
     denoiser = denoiser_of(predict, diffusion, clip)
-    return samplers.ddim_sample(denoiser, diffusion, x_T, steps=num_steps, on_step=on_step)
+    return samplers.ddim_sample(
+        denoiser, diffusion, x_T, options=samplers.SamplerOptions(steps=num_steps), on_step=on_step
+    )
 
 
 def ddim_step(
@@ -53,5 +55,5 @@ def ddim_step(
 ) -> Tensor:
     """From t = step to t' = previous, with the noise that was predicted at t."""
     t = torch.full((len(x_t),), step, dtype=torch.long)
-    x_start, eps = denoiser_of(lambda x, t: eps, diffusion, clip)(x_t, t)
+    x_start, eps, _ = denoiser_of(lambda x, t: eps, diffusion, clip)(x_t, t)
     return samplers.ddim_step(diffusion, x_start, eps, previous)

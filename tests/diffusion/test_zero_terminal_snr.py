@@ -20,7 +20,7 @@ from ddpm_dist import loading, sample
 from ddpm_dist.diffusion.denoiser import Denoiser
 from ddpm_dist.diffusion.predictions import PREDICTIONS
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import ddim_sample, ddpm_sample
+from ddpm_dist.diffusion.samplers import SamplerOptions, ddim_sample, ddpm_sample
 from ddpm_dist.diffusion.schedules import SCHEDULES
 
 T, MEAN, STD, NUM = 1000, 0.3, 0.1, 8_000
@@ -91,7 +91,7 @@ def test_samplers_begin_at_the_last_timestep_and_draw_from_the_gaussian(schedule
     ancestral = ddpm_sample(denoiser, process, normal(NUM, seed=3), lambda: torch.randn(NUM, generator=generator))
     assert asked == list(reversed(range(T)))
     asked.clear()
-    deterministic = ddim_sample(denoiser, process, normal(NUM, seed=4), steps=T // 2)
+    deterministic = ddim_sample(denoiser, process, normal(NUM, seed=4), options=SamplerOptions(steps=T // 2))
     assert (asked[0], asked[-1], len(asked)) == (T - 1, 0, T // 2)
     for samples in (ancestral, deterministic):
         assert abs(float(samples.mean()) - MEAN) < 4.5 * STD / math.sqrt(NUM)
@@ -104,9 +104,11 @@ def test_samplers_begin_at_the_last_timestep_and_draw_from_the_gaussian(schedule
 def test_the_first_step_gives_the_mean_of_the_data_whatever_the_noise(name: str, steps: int) -> None:
     """Without zero terminal SNR the estimate from pure noise is off by sqrt(ᾱ_T) times that noise."""
     process = process_of()
-    x_start, _ = denoiser_of(name, process)(normal(50, seed=5), torch.full((50,), T - 1))
+    x_start = denoiser_of(name, process)(normal(50, seed=5), torch.full((50,), T - 1)).x_start
     torch.testing.assert_close(x_start, torch.full((50,), MEAN))
-    assert bool(torch.isfinite(ddim_sample(denoiser_of(name, process), process, normal(5, seed=6), steps=steps)).all())
+    options = SamplerOptions(steps=steps)
+    images = ddim_sample(denoiser_of(name, process), process, normal(5, seed=6), options=options)
+    assert bool(torch.isfinite(images).all())
 
 
 PREDICTION_TYPES = {"x0": "sample", "v": "v_prediction"}
@@ -133,7 +135,8 @@ def test_ddim_equals_the_loop_of_diffusers(name: str) -> None:
     theirs = x_T.double()
     for t in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, t[None]), int(t), theirs).prev_sample
-    ours = ddim_sample(Denoiser(network, process, PREDICTIONS[name](process), clip=False), process, x_T, steps=T)
+    denoiser = Denoiser(network, process, PREDICTIONS[name](process), clip=False)
+    ours = ddim_sample(denoiser, process, x_T, options=SamplerOptions(steps=T))
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from ddpm_dist.diffusion.pixels import from_uint8, to_uint8
 from ddpm_dist.diffusion.predictions import EpsPrediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS as TABLE
+from ddpm_dist.diffusion.samplers import SamplerOptions
 from ddpm_dist.diffusion.schedules import linear_betas
 from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
 from ddpm_dist.models.unet import UNet
@@ -42,7 +43,7 @@ def blocks_of(model: Callable[[Tensor, Tensor], Tensor], **options: Any) -> list
         "num": 6,
         "seed": 0,
         "sampler": "ddim",
-        "steps": STEPS,
+        "options": SamplerOptions(steps=STEPS),
         "device": torch.device("cpu"),
         "on_step": lambda: None,
         "block_size": BLOCK,
@@ -134,7 +135,7 @@ def test_model_always_sees_whole_blocks() -> None:
 def test_on_step_is_called_as_often_as_progress_bars_are_told(model: UNet, sampler: str, num: int) -> None:
     calls: list[None] = []
     images_of(model, sampler=sampler, num=num, on_step=lambda: calls.append(None))
-    assert len(calls) == num_model_calls(num, TABLE[sampler], STEPS, T, BLOCK)
+    assert len(calls) == num_model_calls(num, TABLE[sampler], SamplerOptions(steps=STEPS), T, BLOCK)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -154,7 +155,7 @@ def test_blocks_are_computed_only_when_asked_for(model: UNet) -> None:
         num=100 * BLOCK,
         seed=0,
         sampler="ddim",
-        steps=STEPS,
+        options=SamplerOptions(steps=STEPS),
         device=torch.device("cpu"),
         on_step=lambda: calls.append(None),
         block_size=BLOCK,
