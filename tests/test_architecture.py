@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ddpm_dist"
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "output", "command", "randomness", "config", "diffusion", "models", "parallel", "run"), 0
+        ("errors", "output", "command", "randomness", "backends", "config", "diffusion", "models", "parallel", "run"), 0
     ),
     **dict.fromkeys(("data", "tracking"), 1),
     "history": 2,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from ddpm_dist.backends import configure_backends
 from ddpm_dist.build import build_batches, size_divisor
 from ddpm_dist.command import one_line
 from ddpm_dist.config import Config, check_world_size, loader_workers
@@ -33,7 +34,6 @@ from ddpm_dist.training.canary import canary
 from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
 from ddpm_dist.training.ending import conclude, name_of
 from ddpm_dist.training.loop import Loop
-from ddpm_dist.training.precision import configure_backends
 from ddpm_dist.training.recorder import Recorder, SilentRecorder, rank_zero_recorder
 from ddpm_dist.training.resume import find_resume_point, settle_contract
 from ddpm_dist.training.step import Trainer

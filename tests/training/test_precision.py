@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ddpm_dist.backends import configure_backends
 from ddpm_dist.config import TrainConfig
-from ddpm_dist.training.precision import Numerics, configure_backends, resolve
+from ddpm_dist.training.precision import Numerics, resolve
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

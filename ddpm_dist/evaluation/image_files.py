@@ -1,0 +1,103 @@
+"""The files that drawn images go into: a grid, a folder of PNGs, or one .npz file."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ddpm_dist.errors import ConfigError
+from ddpm_dist.run.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where drawn images go.
+
+    Attributes:
+        path: of the file or the folder.
+        kind: grid is one .png file, folder has a PNG for each image, npz is one file with all of them.
+    """
+
+    path: Path
+    kind: Literal["grid", "folder", "npz"]
+
+    @staticmethod
+    def named(text: str) -> Target:
+        """The target that a user has written, like grid.png, images.npz or a folder/. Raises ConfigError."""
+        path = Path(text)
+        if text.endswith("/") or path.suffix == "":
+            return Target(path, "folder")
+        if path.suffix not in (".png", ".npz"):
+            raise ConfigError(f"--out {text}: expected grid.png, images.npz or a folder/")
+        return Target(path, "grid" if path.suffix == ".png" else "npz")
+
+    def probe(self, num: int) -> None:
+        """Find out whether `num` images can be written here, before hours of sampling.
+
+        Raises:
+            ConfigError: the path is a folder where a file is asked for, or holds more images than are asked for.
+            OSError: nothing can be written here.
+        """
+        if self.kind != "folder" and self.path.is_dir():
+            raise ConfigError(f"--out {self.path}: is a folder; give {self.path}/ to fill it, or the name of a file")
+        folder = self.path if self.kind == "folder" else self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.kind == "folder" and any(_number(path) >= num for path in folder.glob("*.png")):
+            raise ConfigError(
+                f"--out {self.path}: holds more images than --num {num} already, and all are left as they are; give "
+                "an empty folder"
+            )
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+    def write(self, blocks: Iterable[Tensor]) -> None:
+        """Write the images.
+
+        Args:
+            blocks: uint8 [B, C, H, W] each, in the order of the images' indices.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        {"grid": _write_grid, "folder": _write_folder, "npz": _write_npz}[self.kind](blocks, self.path)
+
+
+def _number(path: Path) -> int:
+    """The index of the image in a file like 00017.png; -1 for a file of another name."""
+    return int(path.stem) if path.stem.isdigit() else -1
+
+
+def _write_grid(blocks: Iterable[Tensor], path: Path) -> None:
+    import torch
+
+    from ddpm_dist.evaluation.pictures import save_grid
+
+    save_grid(torch.cat(list(blocks)), path)
+
+
+def _write_folder(blocks: Iterable[Tensor], folder: Path) -> None:
+    from ddpm_dist.evaluation.pictures import save_png
+
+    index = 0
+    for block in blocks:
+        for image in block:
+            save_png(image, folder / f"{index:05d}.png")
+            index += 1
+
+
+def _write_npz(blocks: Iterable[Tensor], path: Path) -> None:
+    import numpy as np
+    import torch
+
+    pixels = torch.cat(list(blocks)).permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=pixels)
+    with replacing(path) as file:
+        file.write(buffer.getvalue())
