@@ -17,6 +17,50 @@ BLOCK_SIZE = 64
 """Images that are drawn together."""
 
 
+def generate_block(
+    denoiser: Denoise,
+    process: GaussianDiffusion,
+    sampler: Sampler,
+    *,
+    shape: tuple[int, int, int],
+    first: int,
+    seed: int,
+    options: SamplerOptions,
+    device: torch.device,
+    on_step: Callable[[], None],
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """Draw the images first .. first + block_size - 1 together.
+
+    The noise of each image comes from a generator of its own, seeded by (seed, index), and is drawn on the CPU. All
+    images of a block are always computed, however few are wanted, since the rounding of a convolution depends on the
+    size of its batch.
+
+    Args:
+        denoiser: (x_t, t) -> Denoised, on the device.
+        process: the forward process, with its tables on the device.
+        sampler: turns noise into images.
+        shape: (C, H, W) of one image.
+        first: index of the first image, a multiple of block_size.
+        seed: at least 0.
+        options: what the user chose about the sampler.
+        device: where the images are computed.
+        on_step: called after each call of the denoiser; may raise to stop.
+        block_size: images of one batch. Another size changes the images by rounding only.
+
+    Returns:
+        uint8 [block_size, C, H, W] in [0, 255], on the CPU.
+    """
+    assert first % block_size == 0, "blocks are aligned to the index of the image"
+    generators = [generator(seed, "sample", index) for index in range(first, first + block_size)]
+
+    def draw_noise() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
+
+    images = sampler.sample(denoiser, process, draw_noise(), draw_noise, options, on_step)
+    return to_uint8(images).cpu()
+
+
 def generate_blocks(
     denoiser: Denoise,
     process: GaussianDiffusion,
@@ -32,33 +76,27 @@ def generate_blocks(
 ) -> Iterator[Tensor]:
     """Draw the images 0 .. num - 1, block by block.
 
-    The noise of each image comes from a generator of its own, seeded by (seed, index), and is drawn on the CPU. The
-    last block is computed with all its images and then cut, since the rounding of a convolution depends on the size
-    of its batch.
-
     Args:
-        denoiser: (x_t, t) -> Denoised, on the device.
-        process: the forward process, with its tables on the device.
-        sampler: turns noise into images.
-        shape: (C, H, W) of one image.
         num: number of images, at least 0.
-        seed: at least 0.
-        options: what the user chose about the sampler.
-        device: where the images are computed.
-        on_step: called after each call of the denoiser; may raise to stop.
-        block_size: images of one batch. Another size changes the images by rounding only.
+        denoiser, process, sampler, shape, seed, options, device, on_step, block_size: those of `generate_block`.
 
     Yields:
-        uint8 [<= block_size, C, H, W] in [0, 255], on the CPU.
+        uint8 [<= block_size, C, H, W] in [0, 255], on the CPU; the last block is cut.
     """
     for first in range(0, num, block_size):
-        generators = [generator(seed, "sample", index) for index in range(first, first + block_size)]
-
-        def draw_noise(generators: list[torch.Generator] = generators) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
-
-        images = sampler.sample(denoiser, process, draw_noise(), draw_noise, options, on_step)
-        yield to_uint8(images)[: num - first].cpu()
+        block = generate_block(
+            denoiser,
+            process,
+            sampler,
+            shape=shape,
+            first=first,
+            seed=seed,
+            options=options,
+            device=device,
+            on_step=on_step,
+            block_size=block_size,
+        )
+        yield block[: num - first]
 
 
 def num_model_calls(
