@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(("data", "tracking"), 1),
     "history": 2,
     **dict.fromkeys(("build", "loading"), 2),
-    "evaluation": 3,
+    **dict.fromkeys(("evaluation", "exporting"), 3),
     "training": 4,
     **dict.fromkeys(("train", "sample", "evaluate", "export", "fetch", "status", "sync", "verify"), 5),
 }

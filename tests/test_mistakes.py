@@ -63,14 +63,15 @@ tracking: {enabled: false}
 """
 PAGE = "<!DOCTYPE html><html><body>404 Not Found</body></html>\n"
 WITHOUT = "import sys\nsys.modules['{}'] = None\n"  # Python runs a file of the name sitecustomize when it starts
-NO_MLXTEND, NO_TORCH = WITHOUT.format("mlxtend"), WITHOUT.format("torch")
+NO_MLXTEND, NO_TORCH, NO_DIFFUSERS = (WITHOUT.format(package) for package in ("mlxtend", "torch", "diffusers"))
 SBATCH = """\
 #!/bin/sh
 echo "sbatch: error: invalid partition specified: gpux" >&2
 echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
 exit 1
 """
-CONTENTS = {"NO_MLXTEND": NO_MLXTEND, "NO_TORCH": NO_TORCH, "SBATCH": SBATCH, "DEEP": "run: " + "[" * 3000}
+CONTENTS = {"NO_MLXTEND": NO_MLXTEND, "NO_TORCH": NO_TORCH, "NO_DIFFUSERS": NO_DIFFUSERS, "SBATCH": SBATCH}
+CONTENTS |= {"DEEP": "run: " + "[" * 3000}
 WORDS = ("what", "where", "valid")
 
 
@@ -231,7 +232,7 @@ def name_of(row: Mistake) -> str:
 def test_the_table_has_every_command_and_no_mistake_twice() -> None:
     typed = [(row.typed, str(row.given)) for row in MISTAKES]
     assert len(typed) == len(set(typed)) >= 40
-    commands = [f"ddpm_dist.{name}" for name in ("train", "sample", "status", "sync", "verify", "fetch")]
+    commands = [f"ddpm_dist.{name}" for name in ("train", "sample", "export", "status", "sync", "verify", "fetch")]
     commands += ["launch.submit", "launch.doctor", "launch/torchrun.sh", "slurm/train.sbatch", "slurm/local-cluster"]
     for command in [*commands, "make train"]:
         assert any(command in row.typed for row in MISTAKES), command

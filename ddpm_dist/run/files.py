@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,6 +119,29 @@ def replacing(path: Path, fence: Fence = no_fence, durable: bool = True) -> Iter
             sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside `folder`, which gets that name when the block ends without an exception.
+
+    Args:
+        folder: a path where nothing is, or an empty folder.
+
+    Raises:
+        OSError: no space, read-only, something lies there now, ...; there is no part of the new folder then.
+    """
+    folder = Path(os.path.abspath(folder))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [temporary, *temporary.rglob("*")]:
+            sync_directory(path)  # a file is flushed in the same way
+        os.rename(temporary, folder)
+        sync_directory(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -111,9 +111,5 @@ def read_weights_file(path: Path) -> WeightsFile:
         )
     if header[_FORMAT_ENTRY] != str(FORMAT):
         raise DataError(f"{path}: format {header[_FORMAT_ENTRY]}, this version reads {FORMAT}; {USE_ANOTHER_VERSION}")
-    # JSON knows no tuples, and a config knows no lists.
-    config = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(header["config"]).items()
-    }
-    contract = json.loads(header["contract"])
+    config, contract = json.loads(header["config"]), json.loads(header["contract"])
     return WeightsFile(state, config, contract, int(header["step"]), header["weights"], header["source_sha256"])
