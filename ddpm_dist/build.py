@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_dist.config import Config, named_parts
+from ddpm_dist.config import Config, named_parts, width_of
 from ddpm_dist.data.batches import StepBatches
 from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss
@@ -18,7 +18,7 @@ from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_dist.errors import ConfigError
-from ddpm_dist.models.averages import EMA
+from ddpm_dist.models.averages import EMA, Average, PowerEMA
 from ddpm_dist.models.networks import NETWORKS
 from ddpm_dist.randomness import derive_seed
 
@@ -99,9 +99,14 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
-def build_averages(config: Config, model: nn.Module) -> dict[str, EMA]:
-    """Build the averages of the weights, by name. Previews and samples are drawn from `ema`."""
-    return {"ema": EMA(model, config.ema.decay)}
+def build_averages(config: Config, model: nn.Module) -> dict[str, Average]:
+    """Build the averages of the weights, by name: `ema`, ones like `ema-0.999`, and ones like `power-0.05`.
+
+    Previews and samples are drawn from `ema`, unless another one is asked for.
+    """
+    return {
+        name: (EMA if width_of(name) is None else PowerEMA)(model, number) for name, number in config.averages().items()
+    }
 
 
 def build_batches(config: Config, shards: range, images: Images) -> StepBatches:

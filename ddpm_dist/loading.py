@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_dist.build import build_model, build_prediction, build_process, check_names
-from ddpm_dist.config import Config, from_flat
+from ddpm_dist.config import POWER, Config, from_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, DataError
+from ddpm_dist.models.reconstruction import MAX_WIDTH, Profile, combine, solve_weights
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory, is_weights_file, no_run
+from ddpm_dist.run.snapshots import SnapshotStore
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.run.weights_file import WeightsFile, read_weights_file
 
@@ -25,7 +27,7 @@ WEIGHTS: dict[str, Callable[[Checkpoint], Mapping[str, Tensor]]] = {
     "ema": lambda checkpoint: checkpoint.ema,
     "model": lambda checkpoint: checkpoint.model,
 }
-"""The weights of a checkpoint, by the name that users give them."""
+"""The weights that every checkpoint holds, by the name that users give them; `weights_of` knows further ones."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,60 @@ class LoadedRun:
         return Denoiser(self.network, self.process, self.prediction, clip)
 
 
+def weights_of(checkpoint: Checkpoint, name: str, directory: RunDirectory) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint that a user calls by this name.
+
+    Args:
+        name: one of WEIGHTS, or an average that the run keeps, like `ema-0.999`; or `power-WIDTH` with any width, which
+            is computed from the snapshots up to this step and from the checkpoint (see models/reconstruction.py).
+        directory: of the run.
+
+    Returns:
+        a state dict.
+
+    Raises:
+        DataError: there are no such weights, or a snapshot is damaged; the message lists which there are.
+    """
+    if name in WEIGHTS:
+        return WEIGHTS[name](checkpoint)
+    if name in checkpoint.averages:
+        return checkpoint.averages[name]
+    stored = {width: kept for kept in checkpoint.averages if (width := width_of(kept)) is not None}
+    wanted = width_of(name)
+    if wanted is None or not stored:
+        there = ", ".join([*WEIGHTS, *checkpoint.averages, *([f"{POWER}WIDTH for any width"] if stored else [])])
+        hint = "; averages of any width need a run with checkpoint.ema_snapshots" if wanted is not None else ""
+        raise DataError(f"{directory.path}: step {checkpoint.step} has no weights {name!r}; there are: {there}{hint}")
+    if wanted in stored:
+        return checkpoint.averages[stored[wanted]]
+    if not 0 < wanted <= MAX_WIDTH:
+        raise DataError(f"{name}: the width of a power-function average is above 0 and at most {MAX_WIDTH}")
+    if checkpoint.step == 0:
+        return checkpoint.model  # no step is done that could be averaged
+    return _solve(checkpoint, stored, wanted, SnapshotStore(directory.ema_snapshots))
+
+
+def _solve(
+    checkpoint: Checkpoint, stored: Mapping[float, str], wanted: float, snapshots: SnapshotStore
+) -> dict[str, Tensor]:
+    """The power-function average of the wanted width at the checkpoint's step.
+
+    Args:
+        stored: {width: name} of the averages in the checkpoint.
+    """
+    steps = snapshots.committed(checkpoint.step - 1)
+    in_files = [(step, name) for step in steps for name in snapshots.averages(step)]
+    named = [(step, width) for step, name in in_files if (width := width_of(name)) is not None]
+    profiles = [Profile(step, width) for step, width in [*named, *((checkpoint.step, width) for width in stored)]]
+
+    def states() -> Iterator[Mapping[str, Tensor]]:
+        for step in steps:
+            yield from snapshots.load(step).values()
+        yield from (checkpoint.averages[name] for name in stored.values())
+
+    return combine(states(), solve_weights(profiles, Profile(checkpoint.step, wanted)))
+
+
 def load_run(
     path: Path, step: int | None = None, weights: str | None = None, device: torch.device | str = "cpu"
 ) -> LoadedRun:
@@ -75,7 +131,7 @@ def load_run(
     Args:
         path: the run directory, or a file that `python -m ddpm_dist.export RUN_DIR --to safetensors` wrote.
         step: step of the checkpoint; None for the newest valid one, or for that of the file.
-        weights: a name in WEIGHTS; None for `ema`, or for those of the file.
+        weights: a name as for `weights_of`; None for `ema`, or for those of the file.
         device: where the network and the tables go.
 
     Raises:
@@ -99,8 +155,6 @@ def _read_checkpoint(directory: RunDirectory, step: int | None, weights: str) ->
     """What `--to safetensors` would write of this checkpoint. Raises DataError as `load_run` does."""
     if not directory.config_file.exists():
         raise no_run(directory.path)
-    if weights not in WEIGHTS:
-        raise DataError(f"{directory.path}: no weights called {weights!r}; valid: {', '.join(WEIGHTS)}")
     store = CheckpointStore(directory.checkpoints)
     if step is not None:
         checkpoint = store.load(step)
@@ -110,7 +164,7 @@ def _read_checkpoint(directory: RunDirectory, step: int | None, weights: str) ->
         every = directory.read_config().checkpoint.every
         raise DataError(f"{directory.checkpoints}: no checkpoint yet; this run saves one every {every} steps")
     source = str(store.read_manifest(checkpoint.step)["sha256"])
-    state = WEIGHTS[weights](checkpoint)
+    state = weights_of(checkpoint, weights, directory)
     return WeightsFile(state, checkpoint.config, checkpoint.contract, checkpoint.step, weights, source)
 
 

@@ -7,6 +7,7 @@ from ddpm_dist.config.checks import check_world_size, cosine_end
 from ddpm_dist.config.flat import from_flat, keys, named_parts, to_flat
 from ddpm_dist.config.reading import load_config, nearest_key
 from ddpm_dist.config.schema import (
+    POWER,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -14,10 +15,12 @@ from ddpm_dist.config.schema import (
     OptimConfig,
     TrainConfig,
     loader_workers,
+    width_of,
 )
 from ddpm_dist.config.writing import changes, describe_keys, to_yaml, unlike_the_defaults
 
 __all__ = [
+    "POWER",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -37,4 +40,5 @@ __all__ = [
     "to_flat",
     "to_yaml",
     "unlike_the_defaults",
+    "width_of",
 ]

@@ -44,6 +44,7 @@ def check_together(config: Config) -> None:
     if config.model.name == "unet" and config.model.time_embed_dim % 2:
         raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
     _check_diffusion(config)
+    _check_averages(config)
     if config.optim.name == "adam" and config.optim.weight_decay:
         # torch's Adam would add it to the gradient and then divide it by the gradient's size (arXiv:1711.05101).
         raise ConfigError(
@@ -71,6 +72,21 @@ def _check_diffusion(config: Config) -> None:
     if config.preview.num_images and config.preview.steps > config.diffusion.num_timesteps:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
+        )
+
+
+def _check_averages(config: Config) -> None:
+    """Check that each average has a name of its own, and that previews are drawn from one of them."""
+    for name, numbers in (("ema.more", config.ema.more), ("ema.widths", config.ema.widths)):
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError(f"{name}={list(numbers)}: each number may stand there once")
+    if config.checkpoint.ema_snapshots and not config.ema.widths:
+        raise ConfigError("ema.widths=[]: checkpoint.ema_snapshots needs the widths to keep, like [0.05, 0.1]")
+    if config.preview.weights not in config.averages():
+        valid = ", ".join(config.averages())
+        raise ConfigError(
+            f"preview.weights={config.preview.weights}: this run keeps no such average; it keeps {valid} "
+            "(see ema.more and checkpoint.ema_snapshots)"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Auto = Literal["auto", "true", "false"]
+POWER = "power-"  # begins the names of power-function averages; their width follows
 
 
 def key(
@@ -132,9 +133,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """The moving average of the weights."""
+    """The moving averages of the weights."""
 
     decay: float = key(0.9999, "decay of the moving average of the weights; less at first", minimum=0.0, below=1.0)
+    more: tuple[float, ...] = key(
+        (), "further decays, each an average of its own: 0.999 is kept as ema-0.999", minimum=0.0, below=1.0
+    )
+    widths: tuple[float, ...] = key(
+        (0.05, 0.1), "with checkpoint.ema_snapshots: widths of the power-function averages", above=0.0, below=0.28
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,9 @@ class CheckpointConfig:
     every_seconds: float | None = key(None, "save also when this many seconds have passed", above=0.0, free=True)
     keep_last: int = key(3, "how many of the newest checkpoints stay", minimum=2, free=True)
     keep_every: int | None = key(None, "checkpoints at multiples of this step stay for ever", minimum=1, free=True)
+    ema_snapshots: int | None = key(
+        None, "steps between snapshots from which averages of any width are solved later (null: none)", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,7 @@ class PreviewConfig:
     sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
     steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
     seed: int = key(0, "seed of the grids; training draws none of its noise from it", minimum=0, free=True)
+    weights: str = key("ema", "the average that is drawn from: ema, or one like ema-0.999 or power-0.05", free=True)
 
 
 @dataclass(frozen=True)
@@ -239,6 +250,15 @@ class Config:
         """The run directory, run.root/run.name."""
         return Path(self.run.root) / self.run.name
 
+    def averages(self) -> dict[str, float]:
+        """{name: decay or width} of each average of the weights: `ema`, ones like `ema-0.999` and like `power-0.05`."""
+        widths = self.ema.widths if self.checkpoint.ema_snapshots else ()
+        return {
+            "ema": self.ema.decay,
+            **{f"ema-{decay}": decay for decay in self.ema.more},
+            **{f"{POWER}{width}": width for width in widths},
+        }
+
     def target(self, num_images: int) -> int:
         """The step at which the run is finished.
 
@@ -246,3 +266,11 @@ class Config:
             num_images: size of the data set.
         """
         return self.train.max_steps or self.train.epochs * (num_images // self.data.batch_size)
+
+
+def width_of(average: str) -> float | None:
+    """The width in the name of a power-function average, like `power-0.05`; None for any other name."""
+    try:
+        return float(average.removeprefix(POWER)) if average.startswith(POWER) else None
+    except ValueError:
+        return None

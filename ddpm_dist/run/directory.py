@@ -69,6 +69,7 @@ class RunDirectory:
         self.mlflow_file = path / "mlflow.json"
         self.slurm_log = path / "slurm.log"  # written by slurm/requeue.sh
         self.checkpoints = path / "checkpoints"
+        self.ema_snapshots = path / "ema_snapshots"
         self.samples = path / "samples"
         self.attempts = path / "attempts"
 
@@ -117,7 +118,7 @@ class RunDirectory:
             ConfigError: the run directory, or a folder inside it, is a link that leads out of run.root.
         """
         root = self.path.parent.resolve()
-        for folder in (self.path, self.checkpoints, self.samples, self.attempts):
+        for folder in (self.path, self.checkpoints, self.ema_snapshots, self.samples, self.attempts):
             if folder.exists() and not folder.resolve().is_relative_to(root):
                 raise ConfigError(f"run.name: {folder} is a symbolic link that leads out of run.root={root}")
 

@@ -43,8 +43,22 @@ def read_values(path: Path) -> Values:
         DataError: the file is whole, but another program or a later version wrote it.
         OSError, MemoryError, RuntimeError: this machine cannot read it now, which says nothing about the file.
     """
+    values = load_plain(path)
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        return upgrade(values)
+    except DataError as error:
+        raise DataError(f"{path.name}: {error}") from None
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save has put into a file, tensors on the CPU. Nothing in the file is executed.
+
+    Raises:
+        Damaged: the file is missing, or is no file that torch.save made of tensors and plain values.
+        OSError, MemoryError, RuntimeError: as in `read_values`.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise Damaged(f"{path.name}: missing") from None
     except (OSError, MemoryError):
@@ -55,10 +69,6 @@ def read_values(path: Path) -> Values:
         if "memory" in str(error):  # torch's allocator raises RuntimeError
             raise
         raise Damaged(f"{path.name}: not a checkpoint ({_first_line(error)})") from None
-    try:
-        return upgrade(values)
-    except DataError as error:
-        raise DataError(f"{path.name}: {error}") from None
 
 
 def upgrade(values: Any) -> Values:

@@ -45,6 +45,45 @@ class Found:
     sha256: str
 
 
+def write_values(path: Path, values: Values, fence: Fence) -> dict[str, Any]:
+    """Write tensors and plain values into a file, whole or not at all. Returns its size and sha256.
+
+    Raises:
+        OSError: it cannot be written; an older file of this name stays.
+        TakenOver: another attempt writes here now; an older file of this name stays.
+    """
+    try:
+        with replacing(path, fence) as file, HashingWriter(file) as writer:
+            torch.save(values, cast(BinaryIO, writer))
+            writer.flush()
+    except RuntimeError as error:
+        # torch wraps the file system's error in one about its zip writer.
+        if not isinstance(error.__context__, OSError):
+            raise
+        with naming(path):
+            raise error.__context__ from None
+    return {"size": writer.size, "sha256": writer.hexdigest()}
+
+
+def refuse_damaged(path: Path, size: Any, expected: str) -> None:
+    """Compare a file with what its manifest says.
+
+    Args:
+        size: number of bytes.
+        expected: sha256.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        if path.stat().st_size != size:
+            raise Damaged(f"{path.name}: {path.stat().st_size} bytes, expected {size}")
+        if sha256_of(path) != expected:
+            raise Damaged(f"{path.name}: its sha256 is not the manifest's, it is damaged")
+    except (FileNotFoundError, IsADirectoryError):
+        raise Damaged(f"{path.name}: missing") from None
+
+
 class CheckpointStore:
     """The checkpoints of one run directory. Many processes may read them; one may write, and the fence sees to that.
 
@@ -71,17 +110,7 @@ class CheckpointStore:
         path, values = self._path(checkpoint.step), checkpoint.to_values()
         checkpoint.refuse_infinite()
         self._refuse_without_space(values)
-        try:
-            with replacing(path, self._fence) as file, HashingWriter(file) as writer:
-                torch.save(values, cast(BinaryIO, writer))
-                writer.flush()
-        except RuntimeError as error:
-            # torch wraps the file system's error in one about its zip writer.
-            if not isinstance(error.__context__, OSError):
-                raise
-            with naming(path):
-                raise error.__context__ from None
-        manifest = {"step": checkpoint.step, "size": writer.size, "sha256": writer.hexdigest(), **facts}
+        manifest = {"step": checkpoint.step, **write_values(path, values, self._fence), **facts}
         write_json(self._manifest(checkpoint.step), manifest, self._fence)
         return path
 
@@ -128,12 +157,12 @@ class CheckpointStore:
         """Remove what killed saves leave behind: temporary files, and files that were never committed."""
         for leftover in self.directory.glob(f".*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
-        for step in _steps(self.directory, "pt") - _steps(self.directory, "json"):
+        for step in steps_in(self.directory, "pt") - steps_in(self.directory, "json"):
             self._path(step).unlink(missing_ok=True)
 
     def committed(self) -> list[int]:
         """Steps that have a manifest, ascending. Times of files play no part: clocks differ between machines."""
-        return sorted(_steps(self.directory, "json"))
+        return sorted(steps_in(self.directory, "json"))
 
     def read_manifest(self, step: int) -> dict[str, Any]:
         """What the manifest says; {} where it is missing or damaged."""
@@ -184,13 +213,7 @@ class CheckpointStore:
         if not isinstance(manifest.get("sha256"), str):
             raise Damaged(f"{self._manifest(step).name}: unreadable manifest")
         expected: str = sha256 or manifest["sha256"]
-        try:
-            if path.stat().st_size != manifest.get("size"):
-                raise Damaged(f"{path.name}: {path.stat().st_size} bytes, expected {manifest.get('size')}")
-            if sha256_of(path) != expected:
-                raise Damaged(f"{path.name}: its sha256 is not the manifest's, it is damaged")
-        except (FileNotFoundError, IsADirectoryError):
-            raise Damaged(f"{path.name}: missing") from None
+        refuse_damaged(path, manifest.get("size"), expected)
         values = read_values(path)
         try:
             checkpoint = Checkpoint.from_values(values)
@@ -214,7 +237,8 @@ class CheckpointStore:
         return self._path(step).with_suffix(".json")
 
 
-def _steps(directory: Path, suffix: str) -> set[int]:
+def steps_in(directory: Path, suffix: str) -> set[int]:
+    """The steps of which a folder has a file `step-00000200.SUFFIX`."""
     found = (re.fullmatch(rf"step-(\d{{8,}})\.{suffix}", path.name) for path in directory.glob(f"step-*.{suffix}"))
     return {int(match[1]) for match in found if match}
 

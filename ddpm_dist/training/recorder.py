@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +13,13 @@ import torch
 import ddpm_dist
 from ddpm_dist.config import Config, unlike_the_defaults
 from ddpm_dist.errors import ExitCode
+from ddpm_dist.models.averages import Average
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.vote import Wish
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.saver import Saver
+from ddpm_dist.run.snapshots import SnapshotStore
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.journal import Journal
 from ddpm_dist.tracking.process import ShipperProcess
@@ -45,6 +47,9 @@ class Recorder(Protocol):
     def save_and_wait(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint, and return once it is committed."""
 
+    def keep_snapshot(self, step: int, averages: Mapping[str, Average]) -> None:
+        """Have the averages of this step written before the next checkpoint is."""
+
 
 class SilentRecorder:
     """The recorder of every rank except rank 0: it does nothing."""
@@ -64,6 +69,9 @@ class SilentRecorder:
     def save_and_wait(self, checkpoint: Checkpoint) -> None:
         pass
 
+    def keep_snapshot(self, step: int, averages: Mapping[str, Average]) -> None:
+        pass
+
 
 class RankZeroRecorder:
     """The recorder of rank 0. It uses the journal, the saver, the progress display and the shipper.
@@ -74,6 +82,7 @@ class RankZeroRecorder:
         progress: what a person sees.
         facts: what each checkpoint's manifest says in addition to size and hash; plain JSON.
         shippers: the process that ships the journal to MLflow; empty if tracking is off.
+        snapshots: of power-function averages.
     """
 
     def __init__(
@@ -83,9 +92,10 @@ class RankZeroRecorder:
         progress: Progress,
         facts: dict[str, Any],
         shippers: list[ShipperProcess],
+        snapshots: SnapshotStore,
     ) -> None:
         self._journal, self._saver, self._progress, self._facts = journal, saver, progress, facts
-        self._shippers = shippers
+        self._shippers, self._snapshots = shippers, snapshots
         self._journal_fails = self._asked_to_save = False
 
     def say(self, text: str) -> None:
@@ -130,6 +140,10 @@ class RankZeroRecorder:
         """Write the checkpoint, and return once it is committed. Raises what `Saver.finish` raises."""
         self._saver.save_and_wait(checkpoint, self._facts)
 
+    def keep_snapshot(self, step: int, averages: Mapping[str, Average]) -> None:
+        """Copy the averages of this step; the saver writes them before the next checkpoint."""
+        self._snapshots.keep(step, {name: average.state_dict() for name, average in averages.items()})
+
     def why_stopped(self) -> str:
         """Why this recorder asked all ranks to stop; empty if it did not."""
         return self._saver.trouble
@@ -157,7 +171,13 @@ def rank_zero_recorder(
     """
     progress = Progress(point.step, attempt.target)
     journal = Journal(attempt.directory.metrics_file, attempt.check)
-    saver = Saver(store, config.checkpoint, journal.sync, attempt.committed, progress.say, attempt.saved_step)
+    snapshots = SnapshotStore(attempt.directory.ema_snapshots, attempt.check)
+
+    def before_commit() -> None:
+        journal.sync()
+        snapshots.flush()
+
+    saver = Saver(store, config.checkpoint, before_commit, attempt.committed, progress.say, attempt.saved_step)
     progress.say(_what_was_chosen(config, attempt))
     for change in point.changed:
         progress.say(f"changed: {change}")
@@ -169,7 +189,7 @@ def rank_zero_recorder(
     facts = manifest_facts(attempt.number, ranks.world_size, contract)
     shippers = [ShipperProcess.start(attempt.directory.path)] if config.tracking.enabled else []
     try:
-        yield RankZeroRecorder(journal, saver, progress, facts, shippers)
+        yield RankZeroRecorder(journal, saver, progress, facts, shippers, snapshots)
     finally:
         if ranks.watchdog is not None:
             ranks.watchdog.disarm()  # no step follows, and the save that is under way may take longer than a step

@@ -18,6 +18,7 @@ from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
+from ddpm_dist.run.snapshots import SnapshotStore
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.address import choose_uri, refuse_password
 from ddpm_dist.training.contract import LATER_TERMS, new_contract
@@ -141,6 +142,7 @@ def _look_for_checkpoint(
             print(f"warning: {path} is damaged; it was renamed, and the run goes on from step {step}", flush=True)
         read.append(found.checkpoint)
     store.sweep()
+    SnapshotStore(directory.ema_snapshots).sweep()
     directory.sweep()
     attempt.start_from(step if found else None)
     return dataclasses.replace(point, step=step, sha256=found.sha256 if found else None)

@@ -11,7 +11,7 @@ from torch import nn
 from ddpm_dist.data.batches import Inputs, Placement, blank
 from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import DenoisingLoss
-from ddpm_dist.models.averages import EMA
+from ddpm_dist.models.averages import Average
 from ddpm_dist.parallel.ranks import Ranks
 from ddpm_dist.parallel.reduction import Reduction
 from ddpm_dist.randomness import seed_default_generators
@@ -50,7 +50,7 @@ class Trainer:
         loss: DenoisingLoss,
         reduction: Reduction,
         update: Update,
-        averages: Mapping[str, EMA],
+        averages: Mapping[str, Average],
         statistics: Statistics,
     ) -> None:
         self.ranks, self.model, self.loss = ranks, model, loss

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ddpm_dist.config import Config, to_flat
+from ddpm_dist.config import Config, to_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser
 from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
 from ddpm_dist.errors import Diverged, StopRequested
@@ -218,6 +218,29 @@ class Save:
         return self._context.trainer.checkpoint(self._config, self._context.contract)
 
 
+class KeepSnapshot:
+    """Keeps the power-function averages every checkpoint.ema_snapshots steps. `Save` comes after it, and writes them.
+
+    At the target the checkpoint itself holds them.
+    """
+
+    repeats_at_start = False
+
+    def __init__(self, context: TaskContext) -> None:
+        self._context, self._every = context, context.config.checkpoint.ema_snapshots
+        averages = context.trainer.averages
+        self._averages = {name: average for name, average in averages.items() if width_of(name) is not None}
+
+    def due(self, step: int) -> bool:
+        """Every checkpoint.ema_snapshots steps; never if that is null."""
+        return self._every is not None and step % self._every == 0
+
+    def run(self) -> None:
+        """Copy the averages."""
+        with self._context.clock.paused():
+            self._context.recorder.keep_snapshot(self._context.trainer.step, self._averages)
+
+
 class Preview:
     """Draws a grid of images on rank 0 from the averaged weights, every preview.every steps and at the target."""
 
@@ -226,7 +249,7 @@ class Preview:
     def __init__(self, context: TaskContext) -> None:
         self._context, self._preview = context, context.config.preview
         self._sampler, loss = SAMPLERS[self._preview.sampler], context.trainer.loss
-        network = context.trainer.averages["ema"].model
+        network = context.trainer.averages[self._preview.weights].model
         self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip)
 
     def due(self, step: int) -> bool:
@@ -266,5 +289,5 @@ class Preview:
             self._context.recorder.say(f"warning: {path}: {error.strerror}")
 
 
-TASKS: list[Callable[[TaskContext], Task]] = [Log, CheckDrift, Save, Preview]
+TASKS: list[Callable[[TaskContext], Task]] = [Log, CheckDrift, KeepSnapshot, Save, Preview]
 """The tasks of every run, in the order in which they run after a step."""
