@@ -58,12 +58,27 @@ def weights_of_timesteps(r: Any, alphas_cumprod: Tensor) -> Tensor | None:
     return (snr / (snr + 1) * error_in_start).float() if r.weighting == "p2" else None
 
 
+def decays_after(r: Any, step: int) -> dict[str, float]:
+    """The decay of each average after a step; that of a power function from γ = γ(σ_rel), found by bisection."""
+    decays = {"ema": r.ema_decay, **{f"ema-{decay}": decay for decay in r.more_decays}}
+    found = {name: min(decay, (1 + step) / (10 + step)) for name, decay in decays.items()}
+    for width in r.widths:
+        low, high = 0.0, 1e4  # σ_rel falls from 0.2887 as γ grows
+        for _ in range(100):
+            gamma = (low + high) / 2
+            is_wider = math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3)) > width
+            low, high = (gamma, high) if is_wider else (low, gamma)
+        found[f"power-{width}"] = (1 - 1 / (step + 1)) ** (low + 1)
+    return found
+
+
 def train(images: Tensor, r: Any) -> tuple[Any, ...]:
     """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
     torch.manual_seed(derive_seed(r.seed, "weights"))
     layout = torch.channels_last if r.channels_last else torch.contiguous_format
     model = UNet(images.shape[1], r.channels, dropout=r.dropout).to(memory_format=layout)
-    weights, averages = list(model.parameters()), [weight.detach().clone() for weight in model.parameters()]
+    weights = list(model.parameters())
+    averages = {name: [weight.detach().clone() for weight in weights] for name in decays_after(r, 0)}
     kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
     adam: Any = kind(weights, betas=r.betas, eps=r.eps, weight_decay=r.weight_decay, fused=r.fused)
     scale, in_a_row, log = r.first_scale, 0, []
@@ -107,8 +122,9 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
         adam.param_groups[0]["lr"] = lr
         adam.step()
         adam.zero_grad()
-        for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight.detach(), 1 - min(r.ema_decay, (1 + step) / (10 + step)))
+        for name, decay in decays_after(r, step).items():
+            for average, weight in zip(averages[name], weights, strict=True):
+                average.lerp_(weight.detach(), 1 - decay)
         log.append({"loss": loss, "lr": lr, "grad_norm": norm.item(), "skipped": int(not finite)})
         in_a_row = in_a_row + 1 if finite else 0
         if r.dtype == torch.float16:

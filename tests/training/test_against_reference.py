@@ -65,6 +65,8 @@ class Recipe:
     weight_decay: float = 0.0
     lr: float = 1e-2
     ema_decay: float = 0.6
+    more_decays: tuple[float, ...] = ()
+    widths: tuple[float, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +98,8 @@ class Recipe:
             f"optim.grad_clip={self.grad_clip or 'null'}",
             f"optim.fused={self.fused}",
             f"ema.decay={self.ema_decay}",
+            f"ema.more={list(self.more_decays)}",
+            *([f"ema.widths={list(self.widths)}", "checkpoint.ema_snapshots=7"] if self.widths else []),
             f"train.max_steps={self.steps}",
             f"train.precision={self.precision}",
             f"train.channels_last={str(self.channels_last).lower()}",
@@ -113,6 +117,7 @@ ADAMW: Options = {"optimizer": "adamw", "betas": (0.8, 0.95), "eps": 1e-6, "weig
 RECIPES: dict[str, Recipe] = {
     "the defaults": Recipe(),
     "fp32, micro-batches, cosine, clipped": Recipe(micro=4, grad_clip=0.5, **RANDOM, **COSINE),
+    "fp32, several averages, NaN": Recipe(more_decays=(0.8, 0.3), widths=(0.05, 0.1), nan_step=5, **COSINE),
     "fp32, v prediction": Recipe(prediction="v", **RANDOM, **COSINE),
     "fp32, x0 prediction, min-SNR, sigmoid": Recipe(
         prediction="x0", weighting="min_snr", min_snr_gamma=2.5, schedule="sigmoid", micro=2, **RANDOM, **COSINE
@@ -150,6 +155,7 @@ RECIPES: dict[str, Recipe] = {
 QUICK = (
     "the defaults",
     "fp32, micro-batches, cosine, clipped",
+    "fp32, several averages, NaN",
     "fp32, v prediction",
     "fp32, x0 prediction, min-SNR, sigmoid",
     "fp32, v prediction, p2, zero terminal SNR, AdamW, NaN",
@@ -207,7 +213,10 @@ def test_the_train_command_learns_what_the_reference_does(tmp_path: Path, folder
 
     names = [name for name, _ in model.named_parameters()]
     learned = {name: dict(state[name]) for name in ("model", "ema")} | {"adam": state["optimizer"]["state"]}
-    wanted = {"model": dict(model.state_dict()), "ema": dict(zip(names, averages, strict=True))}
+    kept = {name: dict(zip(names, average, strict=True)) for name, average in averages.items()}
+    wanted = {"model": dict(model.state_dict()), "ema": kept.pop("ema")}
+    assert kept.keys() == state.get("averages", {}).keys()
+    assert differences({name: dict(average) for name, average in state.get("averages", {}).items()}, kept) == []
     assert differences(learned, wanted | {"adam": adam.state_dict()["state"]}) == []
     assert state["step"] == len(log) == STEPS
     assert state["scaler"].get("scale", recipe.first_scale) == scale
