@@ -19,6 +19,7 @@ import configuration
 
 from ddpm_dist.build import TABLES, check_names
 from ddpm_dist.config import Config, keys, load_config
+from ddpm_dist.config.flat import is_list
 from ddpm_dist.errors import ConfigError, ExitCode
 
 
@@ -48,7 +49,7 @@ def test_the_default_and_the_bounds_on_the_page_are_those_of_the_reader(name: st
     for words, bound in re.findall(r"(of at least|above|below) (\S+)", configuration.bounds(item)):
         beyond = float(bound) - 1 if words == "of at least" else float(bound)
         with pytest.raises(ConfigError, match=f"{words} {bound}"):
-            load_config(None, [f"{name}={beyond:g}"])
+            load_config(None, [f"{name}=[{beyond:g}]" if is_list(name) else f"{name}={beyond:g}"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

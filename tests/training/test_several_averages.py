@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import call_train, differences, final_state, start, state_differences, train
 
+from ddpm_dist import build
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.loading import load_run
@@ -24,7 +25,7 @@ DIRECT = (0.06, 0.08, 0.12)
 
 def call_with_direct_averages(argv: list[str]) -> int:
     """The train command, which also keeps averages of the widths that the tests compute from snapshots."""
-    usual = assembly.build_averages
+    usual = build.build_averages
     assembly.build_averages = lambda config, model: {  # type: ignore[attr-defined]
         **usual(config, model),
         **{f"direct-{width}": PowerEMA(model, width) for width in DIRECT},
