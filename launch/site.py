@@ -80,7 +80,7 @@ def look(config: Config) -> Site:
         python_file_system=file_system_of(Path(sys.executable)),
         tracking_uri=uri,
         tracking_trouble=tracking_trouble,
-        missing_images=missing_images(config.data),
+        missing_images=missing_images(config.data, config.model.class_labels),
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         environment=dict(os.environ),
     )
@@ -98,13 +98,13 @@ def checkpoint_bytes(config: Config) -> int:
     return STATE_COPIES * 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
-def missing_images(data: DataConfig) -> str:
-    """The first file of the data set that is not in data.root, or the folder of pictures; empty if all is there."""
+def missing_images(data: DataConfig, labels: bool) -> str:
+    """The first file of the data set, or of its labels, that is not there, or the folder of pictures; else empty."""
     from ddpm_dist.data.datasets import missing_files
 
     if data.name == "folder":
         return "" if Path(data.root).exists() else str(Path(data.root))
-    return next(map(str, missing_files(data)), "")
+    return next(map(str, missing_files(data, labels)), "")
 
 
 def measure(folder: Path, size: int) -> tuple[float, bool]:

@@ -131,6 +131,8 @@ TIED = {
     "ema.widths",
     "preview.steps",
     "preview.weights",
+    "preview.guidance",
+    "preview.guidance_interval",
     "elastic.mode",
     "elastic.shards",
 }

@@ -45,6 +45,7 @@ def check_together(config: Config) -> None:
         raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
     _check_diffusion(config)
     _check_averages(config)
+    _check_labels(config)
     if config.optim.name == "adam" and config.optim.weight_decay:
         # torch's Adam would add it to the gradient and then divide it by the gradient's size (arXiv:1711.05101).
         raise ConfigError(
@@ -87,6 +88,24 @@ def _check_averages(config: Config) -> None:
         raise ConfigError(
             f"preview.weights={config.preview.weights}: this run keeps no such average; it keeps {valid} "
             "(see ema.more and checkpoint.ema_snapshots)"
+        )
+
+
+def _check_labels(config: Config) -> None:
+    """Check the rules about labels and guidance."""
+    guidance, interval = config.preview.guidance, config.preview.guidance_interval
+    last = config.diffusion.num_timesteps - 1
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= last):
+        raise ConfigError(
+            f"preview.guidance_interval={list(interval)}: expected null or the first and the last timestep that are "
+            f"guided, in 0 to {last}"
+        )
+    if guidance != 1 and not config.model.class_labels:
+        raise ConfigError(f"preview.guidance={guidance}: must be 1 without labels; or set model.class_labels=true")
+    if guidance != 1 and not config.model.label_dropout:
+        raise ConfigError(
+            f"preview.guidance={guidance}: must be 1 with model.label_dropout=0, since the network never learns what "
+            "an image of no class in particular is; set model.label_dropout=0.1"
         )
 
 

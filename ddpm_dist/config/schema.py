@@ -79,6 +79,12 @@ class ModelConfig:
     channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
     time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
     dropout: float = key(0.0, "dropout inside each residual block", minimum=0.0, below=1.0)
+    class_labels: bool = key(
+        False, "tell the network the class of each image; of a folder: the first sub-folder's name"
+    )
+    label_dropout: float = key(
+        0.1, "share of the labels that are hidden from the network, which guidance needs", minimum=0.0, below=1.0
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,12 @@ class PreviewConfig:
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
     sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
     steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
+    guidance: float = key(
+        1.0, "how clearly an image shows its class (0: unconditional, 1: as trained)", minimum=0.0, free=True
+    )
+    guidance_interval: tuple[int, ...] | None = key(
+        None, "first and last timestep at which preview.guidance is used (null: at all)", free=True
+    )
     seed: int = key(0, "seed of the grids; training draws none of its noise from it", minimum=0, free=True)
     weights: str = key("ema", "the average that is drawn from: ema, or one like ema-0.999 or power-0.05", free=True)
 

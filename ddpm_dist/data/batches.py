@@ -131,6 +131,8 @@ class StepBatches(Dataset[Batch]):
         shards: the shards that this rank computes.
         timesteps: draws the timestep of each image.
         flip: whether to mirror each image left-right with probability 1/2.
+        label_dropout: the probability with which a label is replaced by the null label, which is num_classes. So the
+            network also learns the images of no class in particular (Ho & Salimans 2022, arXiv:2207.12598).
 
     Attributes:
         steps_per_epoch: number of global batches in one pass over the images.
@@ -146,10 +148,11 @@ class StepBatches(Dataset[Batch]):
         shards: range,
         timesteps: TimestepSampler,
         flip: bool = False,
+        label_dropout: float = 0.0,
     ) -> None:
         assert batch_size % num_shards == 0, "config validation lets only multiples through"
         self._images, self._seed, self._shards = images, seed, shards
-        self._timesteps, self._flip = timesteps, flip
+        self._timesteps, self._flip, self._label_dropout = timesteps, flip, label_dropout
         self._per_shard = batch_size // num_shards
         # Images that do not fill a last batch are left out. Each epoch is shuffled anew, so each leaves out others.
         self.steps_per_epoch = len(images) // batch_size
@@ -193,7 +196,16 @@ class StepBatches(Dataset[Batch]):
         draw = generator(self._seed, "noise", step, shard)
         t = self._timesteps.draw(draw, len(images))
         noise = torch.randn(images.shape, generator=draw)
-        return Batch(images, t, noise, self._images.conditions(indices))
+        return Batch(images, t, noise, self._conditions(indices, step, shard))
+
+    def _conditions(self, indices: list[int], step: int, shard: int) -> dict[str, Tensor]:
+        """What the network is told of these images. The generator of label dropout has no other purpose."""
+        cond = self._images.conditions(indices)
+        if self._label_dropout and "labels" in cond:
+            draw = generator(self._seed, "label dropout", step, shard)
+            dropped = torch.rand(len(indices), generator=draw) < self._label_dropout
+            cond = {**cond, "labels": cond["labels"].masked_fill(dropped, self._images.num_classes)}
+        return cond
 
 
 class _ErrorsAsValues(Dataset["Batch | DataError"]):

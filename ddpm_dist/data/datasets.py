@@ -15,7 +15,16 @@ from ddpm_dist.config import DataConfig
 from ddpm_dist.data.download import download_once
 from ddpm_dist.data.folder import ImageFolder
 from ddpm_dist.data.images import Images
-from ddpm_dist.data.in_memory import ImagesInMemory, cifar10_files, read_cifar10, read_idx_images, read_mnist5k
+from ddpm_dist.data.in_memory import (
+    ImagesInMemory,
+    cifar10_files,
+    read_cifar10,
+    read_cifar10_labels,
+    read_idx_images,
+    read_mnist5k,
+    read_mnist5k_labels,
+)
+from ddpm_dist.data.labels import CLOTHES, DIGITS, LabelledImages, Labels, read_idx_labels
 from ddpm_dist.errors import DataError
 
 
@@ -26,14 +35,22 @@ class DataSet:
     Attributes:
         load: the images that a section `data` of the config describes, with so many channels (None: as they are).
         files: the files that it consists of, relative to data.root; none if it is never fetched.
+        labels: the labels of the images that were loaded; None if the set has none.
+        label_files: the further files in which these are, relative to data.root.
     """
 
     load: Callable[[DataConfig, int | None], Images]
     files: Callable[[], list[Path]] = list
+    labels: Callable[[DataConfig, Images], Labels] | None = None
+    label_files: Callable[[], list[Path]] = list
 
 
 def _idx(data: DataConfig, channels: int | None) -> Images:
     return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None], channels, data.image_size)
+
+
+def _idx_labels(data: DataConfig, images: Images) -> Labels:
+    return read_idx_labels(Path(data.root) / IDX_LABELS[data.name], CLASS_NAMES[data.name])
 
 
 def _cifar10(data: DataConfig, channels: int | None) -> Images:
@@ -44,45 +61,80 @@ def _mnist5k(data: DataConfig, channels: int | None) -> Images:
     return ImagesInMemory(read_mnist5k(), channels, data.image_size)
 
 
+def _cifar10_labels(data: DataConfig, images: Images) -> Labels:
+    return read_cifar10_labels(Path(data.root))
+
+
+def _mnist5k_labels(data: DataConfig, images: Images) -> Labels:
+    return read_mnist5k_labels()
+
+
 def _folder(data: DataConfig, channels: int | None) -> Images:
     assert data.image_size is not None, "the config is refused without it"
     return ImageFolder(Path(data.root), data.image_size, channels)
+
+
+def _folder_labels(data: DataConfig, images: Images) -> Labels:
+    assert isinstance(images, ImageFolder)
+    return images.labels()
 
 
 IDX_FILES = {
     "mnist": Path("MNIST/raw/train-images-idx3-ubyte"),
     "fashion-mnist": Path("FashionMNIST/raw/train-images-idx3-ubyte"),
 }
+IDX_LABELS = {
+    "mnist": Path("MNIST/raw/train-labels-idx1-ubyte"),
+    "fashion-mnist": Path("FashionMNIST/raw/train-labels-idx1-ubyte"),
+}
+CLASS_NAMES = {"mnist": DIGITS, "fashion-mnist": CLOTHES}
+
+
+def _idx_set(name: str) -> DataSet:
+    return DataSet(_idx, lambda: [IDX_FILES[name]], _idx_labels, lambda: [IDX_LABELS[name]])
+
+
 DATASETS = {
-    "mnist": DataSet(_idx, files=lambda: [IDX_FILES["mnist"]]),
-    "fashion-mnist": DataSet(_idx, files=lambda: [IDX_FILES["fashion-mnist"]]),
-    "cifar10": DataSet(_cifar10, files=cifar10_files),
-    "mnist5k": DataSet(_mnist5k),
-    "folder": DataSet(_folder),
+    "mnist": _idx_set("mnist"),
+    "fashion-mnist": _idx_set("fashion-mnist"),
+    "cifar10": DataSet(_cifar10, cifar10_files, _cifar10_labels),
+    "mnist5k": DataSet(_mnist5k, labels=_mnist5k_labels),
+    "folder": DataSet(_folder, labels=_folder_labels),
 }
 
 
-def missing_files(data: DataConfig) -> list[Path]:
-    """The files of the data set that are not in data.root; none of a set that is never fetched."""
-    return [path for file in DATASETS[data.name].files() if not (path := Path(data.root) / file).exists()]
+def missing_files(data: DataConfig, labels: bool = False) -> list[Path]:
+    """The files of the data set that are not in data.root; none of a set that is never fetched.
+
+    Args:
+        labels: whether those of the labels are wanted too.
+    """
+    line = DATASETS[data.name]
+    files = [*line.files(), *(line.label_files() if labels else [])]
+    return [path for file in files if not (path := Path(data.root) / file).exists()]
 
 
-def prepare(data: DataConfig) -> None:
+def prepare(data: DataConfig, labels: bool = False) -> None:
     """Fetch the data set if it is not there. For rank 0 alone.
+
+    Args:
+        labels: whether the labels are wanted too.
 
     Raises:
         DataError: it is not there and data.download is false, or it cannot be fetched.
     """
     root = Path(data.root)
     with _errors_of_the_file_system(data):
-        missing = missing_files(data)
+        missing = missing_files(data, labels)
         if missing and not data.download:
             raise DataError(f"{missing[0]}: missing; set data.root to where it is, or data.download=true")
         if missing:
             download_once(data.name, root)
 
 
-def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor: int = 4) -> Images:
+def load(
+    data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor: int = 4, labels: bool = False
+) -> Images:
     """The training images.
 
     Args:
@@ -90,15 +142,16 @@ def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor:
         image_shape: (C, H, W) of the run that is resumed, as its contract has it: what data.channels=auto meant at
             step 0. None for a run that starts now.
         divisor: height and width must be multiples of this, for the network.
+        labels: whether the images come with their labels.
 
     Raises:
         DataError: names the file that is missing, truncated or not an image; or there are fewer images than one
-            step needs; or the network cannot take images of this size.
+            step needs; or the network cannot take images of this size; or the set has no labels.
     """
     channels = None if image_shape is None else image_shape[0]
     if data.channels != "auto":
         channels = int(data.channels)
-    images = read(data, channels)
+    images = read(data, channels, labels)
     if len(images) < data.batch_size:
         raise DataError(
             f"data.name={data.name}: {len(images)} images are fewer than one step of "
@@ -113,18 +166,27 @@ def load(data: DataConfig, image_shape: Sequence[int] | None = None, *, divisor:
     return images
 
 
-def read(data: DataConfig, channels: int | None = None) -> Images:
+def read(data: DataConfig, channels: int | None = None, labels: bool = False) -> Images:
     """The training images that a section `data` of the config describes, be they enough to train on or not.
 
     Args:
         data: the section.
         channels: 1 or 3 to convert them; None leaves them as they are.
+        labels: whether the images come with their labels.
 
     Raises:
-        DataError: names the file that is missing, truncated or not an image.
+        DataError: names the file that is missing, truncated or not an image; or the set has no labels.
     """
+    line = DATASETS[data.name]
     with _errors_of_the_file_system(data):
-        return DATASETS[data.name].load(data, channels)
+        images = line.load(data, channels)
+        if not labels:
+            return images
+        if line.labels is None:
+            known = ", ".join(name for name, other in DATASETS.items() if other.labels)
+            raise DataError(f"model.class_labels=true: data.name={data.name} has no labels; valid: {known}")
+        where = ", ".join(str(Path(data.root) / file) for file in line.label_files()) or f"data.name={data.name}"
+        return LabelledImages(images, line.labels(data, images), where)
 
 
 @contextlib.contextmanager

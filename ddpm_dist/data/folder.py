@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ddpm_dist.data.images import Images, as_square
+from ddpm_dist.data.labels import Labels, labels_of_folders
 from ddpm_dist.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -41,7 +42,7 @@ class ImageFolder(Images):
                 raise DataError(f"data.root={root}: is a file; give the folder in which the pictures lie")
             where = "" if root.is_absolute() else f" in {Path.cwd()}"
             raise DataError(f"data.root={root}: no such folder{where}")
-        self._files = _picture_files(root)
+        self._root, self._files = root, _picture_files(root)
         if not self._files:
             raise DataError(f"data.root={root}: no images ({', '.join(sorted(SUFFIXES))}) in this folder")
         if channels is None:  # ends at the first picture with colours, so that only grey folders take a while
@@ -50,6 +51,14 @@ class ImageFolder(Images):
         self.shape = (channels, image_size, image_size)
         listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in self._files)
         self.fingerprint = hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()
+
+    def labels(self) -> Labels:
+        """The label of each picture: the first sub-folder of the root in which it lies.
+
+        Raises:
+            DataError: some picture lies in no sub-folder, or all lie in one.
+        """
+        return labels_of_folders(self._root, self._files)
 
     def __len__(self) -> int:
         return len(self._files)

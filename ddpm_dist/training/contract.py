@@ -22,7 +22,7 @@ from ddpm_dist.training.precision import Numerics, resolve
 ARITHMETIC = 1
 """Raise this by one in each version of ddpm_dist that computes other bits from the same config."""
 
-LATER_TERMS = {"arithmetic": 1, "num_classes": 0}
+LATER_TERMS: dict[str, Any] = {"arithmetic": 1, "num_classes": 0, "class_names": []}
 """Terms that contracts of the first version lack, with the values that they have for those runs."""
 
 _WORDS = {
@@ -129,8 +129,9 @@ def facts_of(images: Images) -> dict[str, Any]:
     return {
         "image_shape": list(images.shape),
         "num_images": len(images),
-        "images": images.fingerprint,
         "num_classes": images.num_classes,
+        "class_names": list(images.class_names),
+        "images": images.fingerprint,
     }
 
 

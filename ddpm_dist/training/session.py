@@ -31,13 +31,14 @@ from ddpm_dist.run.preemption import StopSignal
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.training.assembly import build_trainer
 from ddpm_dist.training.canary import canary
+from ddpm_dist.training.clock import Clock
 from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
 from ddpm_dist.training.ending import conclude, name_of
 from ddpm_dist.training.loop import Loop
 from ddpm_dist.training.recorder import Recorder, SilentRecorder, rank_zero_recorder
 from ddpm_dist.training.resume import find_resume_point, settle_contract
 from ddpm_dist.training.step import Trainer
-from ddpm_dist.training.tasks import TASKS, Clock, Save, TaskContext
+from ddpm_dist.training.tasks import TASKS, Save, TaskContext
 
 
 class Ending(NamedTuple):
@@ -119,9 +120,11 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
 
 def _load_images(config: Config, ranks: Ranks, saved: list[Checkpoint]) -> Images:
     """The images, the same on every rank. Rank 0 downloads them first if they are not there. Collective."""
-    ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data))
+    labels = config.model.class_labels
+    ranks.on_rank_zero(lambda should_stop: datasets.prepare(config.data, labels))
     shape = saved[0].contract["image_shape"] if saved else None
-    return ranks.all_succeed(lambda: datasets.load(config.data, shape, divisor=size_divisor(config)))
+    divisor = size_divisor(config)
+    return ranks.all_succeed(lambda: datasets.load(config.data, shape, divisor=divisor, labels=labels))
 
 
 def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: list[Checkpoint]) -> dict[str, Any]:

@@ -6,9 +6,8 @@ in the order of that list, on every rank, so that all ranks come to the same col
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +15,16 @@ from typing import Any, Protocol
 import torch
 
 from ddpm_dist.config import Config, to_flat, width_of
-from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.denoiser import Denoiser, Network
+from ddpm_dist.diffusion.guidance import Guided
 from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
 from ddpm_dist.errors import Diverged, StopRequested
+from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.evaluation.generate import generate_blocks
 from ddpm_dist.evaluation.pictures import save_grid
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.outcome import Attempt
+from ddpm_dist.training.clock import Clock
 from ddpm_dist.training.recorder import Recorder
 from ddpm_dist.training.step import Trainer
 
@@ -46,35 +48,6 @@ class Task(Protocol):
         Raises:
             StopRequested: a stop signal cut it short.
         """
-
-
-class Clock:
-    """Measures the time that steps take, without the time for saves and previews.
-
-    Args:
-        step: finished steps now.
-    """
-
-    def __init__(self, step: int) -> None:
-        self._step, self._since = step, time.perf_counter()
-
-    def steps_per_second(self, step: int) -> float:
-        """The speed since the last call, or since the clock was made.
-
-        Args:
-            step: finished steps now.
-        """
-        now = time.perf_counter()
-        rate = (step - self._step) / (now - self._since)
-        self._step, self._since = step, now
-        return rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside the `with` does not count."""
-        before = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - before
 
 
 @dataclass(frozen=True)
@@ -249,7 +222,12 @@ class Preview:
     def __init__(self, context: TaskContext) -> None:
         self._context, self._preview = context, context.config.preview
         self._sampler, loss = SAMPLERS[self._preview.sampler], context.trainer.loss
-        network = context.trainer.averages[self._preview.weights].model
+        network: Network = context.trainer.averages[self._preview.weights].model
+        self._classes = None
+        if context.config.model.class_labels:
+            num_classes = context.contract["num_classes"]
+            network = Guided(network, num_classes, self._preview.guidance, self._preview.guidance_interval)
+            self._classes = Classes(num_classes)
         self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip)
 
     def due(self, step: int) -> bool:
@@ -279,11 +257,14 @@ class Preview:
             options=SamplerOptions(steps=self._preview.steps),
             device=self._context.trainer.ranks.device,
             on_step=on_step,
+            classes=self._classes,
         )
-        images = torch.cat(list(blocks))
+        images, columns = torch.cat(list(blocks)), None
+        if self._classes is not None:
+            images, columns = self._classes.in_rows(images)
         self._context.attempt.check()
         try:
-            save_grid(images, path)
+            save_grid(images, path, columns)
             self._context.recorder.say(f"step {self._context.trainer.step}: a grid of images is in {path}")
         except OSError as error:  # a missing picture must not stop the run
             self._context.recorder.say(f"warning: {path}: {error.strerror}")
