@@ -11,12 +11,13 @@ from torch import nn
 from ddpm_dist.config import Config, named_parts, width_of
 from ddpm_dist.data.batches import StepBatches
 from ddpm_dist.data.images import Images
-from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss
+from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS, Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
+from ddpm_dist.diffusion.variance import VARIANCES, Variance
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.models.averages import EMA, Average, PowerEMA
 from ddpm_dist.models.networks import NETWORKS
@@ -25,6 +26,7 @@ from ddpm_dist.randomness import derive_seed
 TABLES: dict[str, Mapping[str, Any]] = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
+    "diffusion.variance": VARIANCES,
     "loss.weighting": LOSSES,
     "loss.timestep_sampler": TIMESTEP_SAMPLERS,
     "model.name": NETWORKS,
@@ -65,15 +67,23 @@ def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
     return PREDICTIONS[config.diffusion.prediction](process)
 
 
+def build_variance(config: Config, process: GaussianDiffusion) -> Variance:
+    """Build the config's variance of the reverse steps; the network has its `num_parts` times the images' channels."""
+    return VARIANCES[config.diffusion.variance](process)
+
+
 def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -> DenoisingLoss:
-    """Build the config's training loss.
+    """Build the config's training loss. If the network learns its variance, the loss teaches that too.
 
     Args:
         process: the forward process, on the device of the batches.
         autocast: makes the context in which the network's forward pass runs.
     """
-    prediction = build_prediction(config, process)
-    return LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma)
+    prediction, variance = build_prediction(config, process), build_variance(config, process)
+    loss = LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma, variance)
+    if variance.num_parts == 1 or loss.trains_variance:
+        return loss
+    return HybridLoss(loss, VariationalLoss(process, prediction, autocast, variance=variance), config.loss.vlb_weight)
 
 
 def build_model(
@@ -94,7 +104,7 @@ def build_model(
         channels_last: whether the weights lie in the NHWC memory format.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    out_channels = image_shape[0]
+    out_channels = image_shape[0] * VARIANCES[config.diffusion.variance].num_parts
     model = NETWORKS[config.model.name].build(config.model, image_shape, num_classes, out_channels).to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
