@@ -6,27 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_dist.config import Config, named_parts, width_of
-from ddpm_dist.data.batches import StepBatches
+from ddpm_dist.data.batches import StepBatches, blank
 from ddpm_dist.data.images import Images
-from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
+from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS, Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
-from ddpm_dist.diffusion.variance import VARIANCES, Variance
-from ddpm_dist.errors import ConfigError
+from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.models.averages import EMA, Average, PowerEMA
-from ddpm_dist.models.networks import NETWORKS
+from ddpm_dist.models.networks import NETWORKS, Network, find_network
+from ddpm_dist.models.own import NotUsable, check_promises
 from ddpm_dist.randomness import derive_seed
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
-    "diffusion.variance": VARIANCES,
     "loss.weighting": LOSSES,
     "loss.timestep_sampler": TIMESTEP_SAMPLERS,
     "model.name": NETWORKS,
@@ -42,17 +41,25 @@ def check_names(config: Config) -> None:
         ConfigError: the message says the key, the value and what would be valid.
     """
     for key, name in named_parts(config).items():
-        if name not in TABLES[key]:
+        if key != "model.name" and name not in TABLES[key]:
             raise ConfigError(f"{key}={name}: expected one of {', '.join(TABLES[key])}")
     try:
-        NETWORKS[config.model.name].check(config.model)
+        network, options = _network(config)
+        network.check(options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
+def _network(config: Config) -> tuple[Network, Any]:
+    """The chosen network, and the section of the config that has its keys. Raises ValueError."""
+    network = find_network(config.model.name)
+    return network, getattr(config, network.section)
+
+
 def size_divisor(config: Config) -> int:
     """The number of which height and width of the images must be multiples, for the chosen network."""
-    return NETWORKS[config.model.name].size_divisor
+    network, options = _network(config)
+    return network.size_divisor(options)
 
 
 def build_process(config: Config, device: torch.device) -> GaussianDiffusion:
@@ -67,23 +74,15 @@ def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
     return PREDICTIONS[config.diffusion.prediction](process)
 
 
-def build_variance(config: Config, process: GaussianDiffusion) -> Variance:
-    """Build the config's variance of the reverse steps; the network has its `num_parts` times the images' channels."""
-    return VARIANCES[config.diffusion.variance](process)
-
-
 def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -> DenoisingLoss:
-    """Build the config's training loss. If the network learns its variance, the loss teaches that too.
+    """Build the config's training loss.
 
     Args:
         process: the forward process, on the device of the batches.
         autocast: makes the context in which the network's forward pass runs.
     """
-    prediction, variance = build_prediction(config, process), build_variance(config, process)
-    loss = LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma, variance)
-    if variance.num_parts == 1 or loss.trains_variance:
-        return loss
-    return HybridLoss(loss, VariationalLoss(process, prediction, autocast, variance=variance), config.loss.vlb_weight)
+    prediction = build_prediction(config, process)
+    return LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma)
 
 
 def build_model(
@@ -104,9 +103,87 @@ def build_model(
         channels_last: whether the weights lie in the NHWC memory format.
     """
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
-    out_channels = image_shape[0] * VARIANCES[config.diffusion.variance].num_parts
-    model = NETWORKS[config.model.name].build(config.model, image_shape, num_classes, out_channels).to(device)
+    model = _new_network(config, image_shape, num_classes).to(device)
+    if config.train.gradient_checkpointing:
+        _enable_gradient_checkpointing(model, config.model.name)
     return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _out_channels(config: Config, image_shape: tuple[int, int, int]) -> int:
+    """The number of channels of the network's output."""
+    return image_shape[0]
+
+
+def _new_network(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Raises ConfigError for a network of the user's own that cannot be used."""
+    try:
+        network, options = _network(config)
+        return network.build(options, image_shape, num_classes, _out_channels(config, image_shape))
+    except NotUsable as error:
+        raise ConfigError(str(error)) from error
+
+
+def _enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
+    enable = getattr(model, "enable_gradient_checkpointing", None)
+    if not callable(enable):
+        raise ConfigError(
+            f"train.gradient_checkpointing=true: model.name={name} has no method enable_gradient_checkpointing()"
+        )
+    enable()
+
+
+def check_own_network(
+    config: Config,
+    images: Images,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """If the network is one of the user's own, check that it keeps its promises, with a batch of two images.
+
+    The networks of the package are checked by its tests. Nothing is drawn from torch's global generators.
+
+    Args:
+        images: only their shape and their conditions are used.
+        weights: those of the checkpoint that the run goes on from; None for a new run.
+
+    Raises:
+        ConfigError: a promise is broken.
+        DataError: the network is not the one that the weights are of.
+    """
+    if ":" not in config.model.name:
+        return
+    batch = blank(images, 2)
+    try:
+        ours = check_promises(
+            config.model.name,
+            lambda: _new_network(config, images.shape, images.num_classes).to(device),
+            batch.noise.to(device),
+            batch.t.to(device),
+            {name: value.to(device) for name, value in batch.cond.items()},
+            _out_channels(config, images.shape),
+        )
+    except NotUsable as error:
+        raise ConfigError(str(error)) from error
+    if weights is not None:
+        check_weights_fit(config, ours, weights)
+
+
+def check_weights_fit(config: Config, ours: Mapping[str, list[int]], weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are those of this network, and not of another one, such as this one with other code.
+
+    Args:
+        ours: the shape of each weight of the network, by name.
+
+    Raises:
+        DataError: they are not; the message names the first one that differs.
+    """
+    theirs = {name: list(value.shape) for name, value in weights.items()}
+    if ours != theirs:
+        weight = next(each for each in {**ours, **theirs} if ours.get(each) != theirs.get(each))
+        raise DataError(
+            f"model.name={config.model.name}: builds another network than the one that was trained ({weight}: "
+            f"{theirs.get(weight, 'not there')} -> {ours.get(weight, 'not there')}); use the code of step 0"
+        )
 
 
 def build_averages(config: Config, model: nn.Module) -> dict[str, Average]:

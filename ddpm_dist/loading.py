@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.build import build_model, build_prediction, build_process, build_variance, check_names
+from ddpm_dist.build import build_model, build_prediction, build_process, check_names, check_weights_fit
 from ddpm_dist.config import POWER, Config, from_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser, Network
 from ddpm_dist.diffusion.guidance import Guided
@@ -77,8 +77,7 @@ class LoadedRun:
         network: Network = self.network
         if self.num_classes:
             network = Guided(network, self.num_classes, guidance, interval)
-        variance = build_variance(self.config, self.process)
-        return Denoiser(network, self.process, self.prediction, clip, variance=variance)
+        return Denoiser(network, self.process, self.prediction, clip)
 
 
 def weights_of(checkpoint: Checkpoint, name: str, directory: RunDirectory) -> Mapping[str, Tensor]:
@@ -191,6 +190,7 @@ def _build(found: WeightsFile, path: Path, directory: RunDirectory, device: torc
     shape = (channels, height, width)
     # The memory format is that of training, so that images are rounded as in the run's previews.
     network = build_model(config, shape, contract.get("num_classes", 0), device, contract["channels_last"]).eval()
+    check_weights_fit(config, {name: list(value.shape) for name, value in network.state_dict().items()}, found.state)
     network.load_state_dict(dict(found.state))
     process = build_process(config, device)
     return LoadedRun(

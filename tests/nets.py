@@ -48,6 +48,6 @@ def call_train_attentive(argv: Sequence[str]) -> int:
         lambda model, image_shape, num_classes, out_channels: AttentiveUNet(
             image_shape[0], model.channels, model.time_embed_dim, model.dropout
         ),
-        size_divisor=4,
+        size_divisor=lambda model: 4,
     )
     return call_train([*argv, "model.name=attentive"])

@@ -177,6 +177,7 @@ def run_forked(typed: str, here: Path) -> tuple[int, str]:
 def call_module(module: str, argv: Sequence[str], here: str, given: Mapping[str, str]) -> int:
     """What `python -m` does with a module of ours. Runs in the fork."""
     os.chdir(here)
+    sys.path.insert(0, here)
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **given})
     at_start = Path(here) / "path" / "sitecustomize.py"
     if at_start.exists():

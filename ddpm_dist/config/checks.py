@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+from ddpm_dist.config.flat import keys, to_flat
 from ddpm_dist.config.schema import Config, OptimConfig
+from ddpm_dist.config.unet2d import check_unet2d
 from ddpm_dist.errors import ConfigError
 
 
@@ -34,15 +37,12 @@ def check_together(config: Config) -> None:
         )
     if data.name == "folder" and data.image_size is None:
         raise ConfigError("data.image_size=null: data.name=folder needs a multiple of 4, like 64")
-    if data.image_size is not None and data.image_size % 4:
-        smaller = data.image_size // 4 * 4
-        raise ConfigError(
-            f"data.image_size={data.image_size}: must be a multiple of 4; valid nearby: {smaller}, {smaller + 4}"
-        )
-    if config.model.name == "unet" and config.model.channels % 8:
-        raise ConfigError(f"model.channels={config.model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
-    if config.model.name == "unet" and config.model.time_embed_dim % 2:
-        raise ConfigError(f"model.time_embed_dim={config.model.time_embed_dim}: must be even")
+    divisor = _size_divisor(config)
+    if data.image_size is not None and data.image_size % divisor:
+        smaller = data.image_size // divisor * divisor
+        valid = ", ".join(str(size) for size in (smaller, smaller + divisor) if size)
+        raise ConfigError(f"data.image_size={data.image_size}: must be a multiple of {divisor}; valid nearby: {valid}")
+    _check_network(config)
     _check_diffusion(config)
     _check_averages(config)
     _check_labels(config)
@@ -56,6 +56,38 @@ def check_together(config: Config) -> None:
     known = config.optim.decay_steps or config.train.max_steps
     if known is not None:
         cosine_end(config.optim, known)
+
+
+def _size_divisor(config: Config) -> int:
+    """The number of which the size of the images must be a multiple, as far as that is known without the network."""
+    return config.unet2d.size_divisor if config.model.name == "unet2d" else 4
+
+
+def _check_network(config: Config) -> None:
+    """Check the keys of the network, and that no key is set which the chosen network does not look at."""
+    model = config.model
+    if model.name == "unet" and model.channels % 8:
+        raise ConfigError(f"model.channels={model.channels}: must be a multiple of 8 (GroupNorm has 8 groups)")
+    if model.name == "unet" and model.time_embed_dim % 2:
+        raise ConfigError(f"model.time_embed_dim={model.time_embed_dim}: must be even")
+    if model.options and ":" not in model.name:
+        raise ConfigError(
+            f"model.options=[{', '.join(model.options)}]: model.name={model.name} takes none; they are for a network "
+            "of your own, model.name=package.module:function"
+        )
+    if model.name == "unet2d":
+        check_unet2d(config.unet2d)
+        _refuse_unused(config, ("model.channels", "model.time_embed_dim", "model.dropout"), "the keys unet2d.*")
+    if model.name == "unet":
+        _refuse_unused(config, [name for name in keys() if name.startswith("unet2d.")], "model.name=unet2d")
+
+
+def _refuse_unused(config: Config, names: Iterable[str], instead: str) -> None:
+    """Refuse a key that differs from its default although the chosen network does not look at it."""
+    given, default = to_flat(config), to_flat(Config())
+    for name in names:
+        if given[name] != default[name]:
+            raise ConfigError(f"{name}={given[name]}: model.name={config.model.name} does not use it; set {instead}")
 
 
 def _check_diffusion(config: Config) -> None:

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from ddpm_dist.config.declaration import key
+from ddpm_dist.config.unet2d import UNet2DConfig
 
 Auto = Literal["auto", "true", "false"]
 POWER = "power-"  # begins the names of power-function averages; their width follows
-
-
-def key(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    free: bool = False,
-    named: bool = False,
-) -> Any:
-    """Declare a config key.
-
-    Args:
-        default: the value in the reference recipe.
-        help: one line for `--help-config`.
-        minimum, above, below: a number must be at least `minimum`, more than `above` and less than `below`.
-        free: whether the key may change when a run is resumed. All other keys shape what is learned.
-        named: whether the value is a name in a table of the package, to which anybody may add one (see build.py).
-    """
-    bounds = {"minimum": minimum, "above": above, "below": below}
-    return field(default=default, metadata={"help": help, "free": free, "named": named, **bounds})
 
 
 @dataclass(frozen=True)
@@ -75,7 +55,7 @@ def loader_workers(data: DataConfig) -> int:
 class ModelConfig:
     """The network."""
 
-    name: str = key("unet", "the network", named=True)
+    name: str = key("unet", "the network; package.module:function builds one of your own", named=True)
     channels: int = key(64, "U-Net width at full resolution, a multiple of 8", minimum=8)
     time_embed_dim: int = key(128, "width of the time embedding, even", minimum=4)
     dropout: float = key(0.0, "dropout inside each residual block", minimum=0.0, below=1.0)
@@ -85,6 +65,7 @@ class ModelConfig:
     label_dropout: float = key(
         0.1, "share of the labels that are hidden from the network, which guidance needs", minimum=0.0, below=1.0
     )
+    options: tuple[str, ...] = key((), "words for a network of your own, as it takes them, like [depth=4, heads=8]")
 
 
 @dataclass(frozen=True)
@@ -101,11 +82,6 @@ class DiffusionConfig:
     prediction: str = key(
         "eps", "what the network predicts; eps: the noise, x0: the image, v: noise minus image", named=True
     )
-    variance: str = key(
-        "fixed_large",
-        "variance of the reverse steps; fixed_large: beta, fixed_small: that of the posterior, learned: in between",
-        named=True,
-    )
     beta_start: float = key(
         1e-4, "beta of the first (least noisy) timestep; cosine and sigmoid ignore it", above=0.0, below=1.0
     )
@@ -118,14 +94,10 @@ class LossConfig:
 
     weighting: str = key(
         "simple",
-        "how much each timestep counts; simple: all the same, min_snr and p2: less with little noise, vlb: as in the "
-        "variational bound",
+        "how much each timestep counts; simple: all the same, min_snr and p2: less with little noise",
         named=True,
     )
     min_snr_gamma: float = key(5.0, "with min_snr an error of the image counts min(SNR, this)", above=0.0)
-    vlb_weight: float = key(
-        0.001, "with a learned variance, weight of the bound beside another weighting than vlb", above=0.0
-    )
     timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 
@@ -167,6 +139,9 @@ class TrainConfig:
     max_steps: int | None = key(None, "number of steps; beats train.epochs", minimum=1, free=True)
     micro_batch_size: int | None = key(
         None, "images per forward on one rank, to save memory (null: all of this rank's)", minimum=1, free=True
+    )
+    gradient_checkpointing: bool = key(
+        False, "compute each block again for its gradient: less memory, a third more time, the same bits", free=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "autocast type (auto: bf16 if fast)")
     matmul_precision: Literal["highest", "high", "medium"] = key(
@@ -255,6 +230,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    unet2d: UNet2DConfig = field(default_factory=UNet2DConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 NUM_GROUPS = 8
 SIZE_DIVISOR = 4  # height and width are halved twice
@@ -52,9 +53,16 @@ class ResBlock(nn.Module):
         self.time_proj = nn.Linear(time_embed_dim, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.keeps_activations = True
 
     def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
         """x [B, in_channels, H, W], time_embedding [B, time_embed_dim] -> [B, out_channels, H, W]."""
+        if self.keeps_activations or not torch.is_grad_enabled():
+            return self._compute(x, time_embedding)
+        output: Tensor = checkpoint(self._compute, x, time_embedding, use_reentrant=False, preserve_rng_state=True)
+        return output
+
+    def _compute(self, x: Tensor, time_embedding: Tensor) -> Tensor:
         h = F.silu(self.norm1(self.conv1(x)))
         h = h + self.time_proj(F.silu(time_embedding))[:, :, None, None]
         h = F.silu(self.norm2(self.conv2(self.dropout(h))))
@@ -104,6 +112,15 @@ class UNet(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         # A row for each class and one for the null label. It is drawn last, so that labels change no other weight.
         self.label_embedding = nn.Embedding(num_classes + 1, time_embed_dim) if num_classes else None
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Have each residual block computed again for its gradient, instead of keeping what it needs for that.
+
+        Chen et al. 2016 (arXiv:1604.06174). Dropout is drawn from the same state again, so the bits stay the same.
+        """
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                module.keeps_activations = False
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output.

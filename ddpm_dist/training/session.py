@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from ddpm_dist.backends import configure_backends
-from ddpm_dist.build import build_batches, size_divisor
+from ddpm_dist.build import build_batches, check_own_network, size_divisor
 from ddpm_dist.command import one_line
 from ddpm_dist.config import Config, check_world_size, loader_workers
 from ddpm_dist.data import datasets
@@ -167,6 +167,7 @@ def _build(
     The checkpoint is taken out of `saved`, so that its memory is free afterwards.
     """
     numerics = numerics_of(contract)
+    ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, saved[0].model if saved else None))
     trainer = build_trainer(config, ranks, numerics, images.shape, images.num_classes, contract["decay_steps"])
     rounds_like = ""
     if trainer.reduction.repeats_on(ranks.device):
