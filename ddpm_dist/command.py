@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -141,6 +143,26 @@ def refuse(error: Exception) -> int:
         raise error
     print(said[1], file=sys.stderr, flush=True)
     return said[0]
+
+
+def refuse_on_all(error: Exception, rank: int) -> int:
+    """`refuse` for an error that every rank finds by itself: only rank 0 prints it. Returns the exit code."""
+    said = one_line(error)
+    if rank == 0 or said is None:
+        return refuse(error)
+    time.sleep(2)  # when a rank exits, the launcher kills the others: rank 0 must print first
+    return said[0]
+
+
+def leave_word(code: int) -> None:
+    """Write the exit code into $DDPM_EXIT_CODE_FILE, for the batch script, which decides whether to restart the job.
+
+    torchrun turns every code except 0 into 1, and a refused command has no run directory that could hold its code.
+    """
+    path = os.environ.get("DDPM_EXIT_CODE_FILE")
+    if path:
+        with contextlib.suppress(OSError):  # without the file the batch script assumes a crash, and tries again
+            Path(path).write_text(f"{int(code)}\n")
 
 
 def nobody_reads() -> int:

@@ -1,9 +1,10 @@
 """Draw images from the averaged weights of a run: a grid, a folder of PNGs, or one .npz file.
 
     python -m ddpm_dist.sample runs/mnist
-    python -m ddpm_dist.sample runs/mnist --num 10000 --sampler ddpm --out images.npz
+    torchrun --nproc_per_node 4 -m ddpm_dist.sample runs/mnist --num-images 50000 --out images.npz
 
-The same seed gives the same images, whatever the number asked for.
+The same seed gives the same images, however many are drawn and on however many ranks. If a folder
+or an .npz file is stopped or killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_dist.command import CommandLine, exit_codes, refuse
-from ddpm_dist.errors import ConfigError, UserError
-from ddpm_dist.evaluation.drawing import Request, draw
+from ddpm_dist.command import CommandLine, exit_codes, leave_word, refuse, refuse_on_all
+from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, UserError
+from ddpm_dist.evaluation.drawing import Request, draw_grid
 from ddpm_dist.evaluation.image_files import Target
 from ddpm_dist.evaluation.sampler_flags import add_sampler_flags, sampler_choice
+from ddpm_dist.parallel.environment import RankEnvironment, read_environment
 from ddpm_dist.run.directory import RunDirectory, is_weights_file, no_run
+from ddpm_dist.run.preemption import StopSignal, ignore_from_now_on
 
-EPILOG = exit_codes((65, 70, 78, 130), {0: "the images are drawn"})
+MEANINGS = {
+    0: "the images are drawn",
+    75: "stopped: the same command goes on with the images that are missing",
+    76: "another attempt draws these images now",
+    130: "a grid was stopped with Ctrl-C",
+}
+EPILOG = exit_codes((65, 70, 78), MEANINGS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +41,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN_DIR",
         help="directory of the run, like runs/mnist; or exported weights, FILE.safetensors",
     )
-    parser.add_argument("--num", type=int, default=64, metavar="N", help="number of images [64]")
+    # torchrun of Python 3.11 takes --num for an abbreviation of two options of its own, even after the module's name.
+    parser.add_argument(
+        "--num", type=int, default=64, metavar="N", help="number of images [64]; torchrun: --num-images"
+    )
+    parser.add_argument("--num-images", type=int, dest="num", metavar="N", help=argparse.SUPPRESS)
     add_sampler_flags(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images [0]")
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint [the newest valid one]")
@@ -49,15 +62,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and print where the images are. Returns the exit code."""
+    """Run the command on this rank, and print where the images are. Returns the exit code."""
+    rank = 0
     try:
-        out = draw(request_of(parse(argv)))
+        env = read_environment()
+        rank = env.rank
+        request = request_of(parse(argv))
+    except (UserError, OSError) as error:
+        code = refuse_on_all(error, rank)
+    else:
+        as_job = request.is_data_set or env.world_size > 1
+        code = _draw_as_job(request, env) if as_job else _draw_grid(request, env)
+    if rank == 0:
+        leave_word(code)
+    return code
+
+
+def _draw_grid(request: Request, env: RankEnvironment) -> int:
+    try:
+        print(draw_grid(request, env))
     except (UserError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("stopped before all images were drawn", file=sys.stderr)
         return 130
-    print(out)
+    return 0
+
+
+def _draw_as_job(request: Request, env: RankEnvironment) -> int:
+    # Before torch is imported, which takes seconds: a stop signal that comes meanwhile is obeyed afterwards.
+    with StopSignal().installed(under_launcher=env.launcher != "none") as stop:
+        from ddpm_dist.evaluation.job import draw_on_ranks
+        from ddpm_dist.parallel.failures import explain
+
+        try:
+            path = draw_on_ranks(request, env, stop)
+        except StopRequested:
+            return ExitCode.PREEMPTED
+        except Exception as error:
+            code, text = explain(error, env.rank)
+            if text:
+                print(text, file=sys.stderr, flush=True)
+            return code
+        if env.rank == 0:
+            print(path, flush=True)
     return 0
 
 
@@ -82,4 +130,6 @@ def request_of(args: argparse.Namespace) -> Request:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    ignore_from_now_on()  # a signal that comes after all is done changes nothing
+    sys.exit(exit_code)

@@ -11,15 +11,11 @@ Ctrl-C or SIGTERM: it saves. The same command then goes on at the very next step
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from ddpm_dist.command import CommandLine, exit_codes, nobody_reads, refuse
+from ddpm_dist.command import CommandLine, exit_codes, leave_word, nobody_reads, refuse, refuse_on_all
 from ddpm_dist.config import Config, check_world_size, describe_keys, load_config, named_parts, to_yaml
 from ddpm_dist.errors import UserError
 from ddpm_dist.output import drop_what_cannot_be_written
@@ -67,19 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     drop_what_cannot_be_written("stderr")
     code, rank = _main(argv)
     if rank == 0:
-        _leave_word(code)
+        leave_word(code)
     return code
-
-
-def _leave_word(code: int) -> None:
-    """Write the exit code into $DDPM_EXIT_CODE_FILE, for the batch script, which decides whether to restart the job.
-
-    torchrun turns every code except 0 into 1, and a refused command has no run directory that could hold its code.
-    """
-    path = os.environ.get("DDPM_EXIT_CODE_FILE")
-    if path:
-        with contextlib.suppress(OSError):  # without the file the batch script assumes a crash, and tries again
-            Path(path).write_text(f"{int(code)}\n")
 
 
 def _main(argv: Sequence[str] | None) -> tuple[int, int]:
@@ -98,7 +83,7 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
 
             check_names(config)
     except UserError as error:
-        return _refuse(error, rank), rank
+        return refuse_on_all(error, rank), rank
     if args.dry_run or args.where or args.for_sbatch:
         text = _for_sbatch(config) if args.for_sbatch else to_yaml(config).rstrip()
         return _answer(str(config.directory) if args.where else text) if rank == 0 else 0, rank
@@ -124,19 +109,12 @@ def _for_sbatch(config: Config) -> str:
     return f"{config.directory}\nsrun_wait={wait}\ntorch={'yes' if has_torch else 'no'}"
 
 
-def _refuse(error: UserError, rank: int) -> int:
-    """Print the error on rank 0, since every rank finds the same one. Returns the exit code."""
-    if rank == 0:
-        return refuse(error)
-    time.sleep(2)  # when a rank exits, the launcher kills the others: rank 0 must print first
-    return error.exit_code
-
-
 def _train(config: Config, env: RankEnvironment) -> int:
     drop_what_cannot_be_written("stdout")
     # Before torch is imported, which takes seconds: a stop signal that comes meanwhile is obeyed afterwards.
     stop = StopSignal().install(under_launcher=env.launcher != "none")
-    from ddpm_dist.training.session import explain, run_session
+    from ddpm_dist.parallel.failures import explain
+    from ddpm_dist.training.session import run_session
 
     try:
         return run_session(config, env, stop)

@@ -16,7 +16,7 @@ MAX_LINES, MAX_COLUMNS = 40, 100
 # Every exit code that a command ends with; slurm/train.sbatch and slurm/requeue.sh have no help.
 EXIT_CODES = {
     "ddpm_dist.train": {0, 65, 70, 75, 76, 78},
-    "ddpm_dist.sample": {0, 65, 70, 78, 130},
+    "ddpm_dist.sample": {0, 65, 70, 75, 76, 78, 130},
     "ddpm_dist.export": {0, 65, 70, 78, 130},
     "ddpm_dist.status": {0, 65, 70, 78, 130},
     "ddpm_dist.sync": {0, 65, 70, 78, 130},

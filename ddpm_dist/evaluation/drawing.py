@@ -1,11 +1,14 @@
-"""Draws the images that a command line asks for, from the weights of a trained run, into their files."""
+"""Which images a command line asks for, and a trained run that is set up to draw them."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.evaluation.image_files import Target
@@ -13,9 +16,11 @@ from ddpm_dist.evaluation.sampler_flags import SamplerChoice
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
     from ddpm_dist.loading import LoadedRun
+    from ddpm_dist.parallel.environment import RankEnvironment
 
 
 @dataclass(frozen=True)
@@ -40,69 +45,166 @@ class Request:
     device: Literal["auto", "cpu", "cuda"]
     target: Target | None
 
+    @property
+    def is_data_set(self) -> bool:
+        """Whether the images are to be a data set, which is drawn as a job: it may be stopped, and goes on."""
+        return self.target is not None and self.target.kind != "grid"
 
-def draw(request: Request) -> Path:
-    """Draw the images and write them.
+    def choices(self) -> dict[str, Any]:
+        """All that was chosen and shapes the images, by the name of its flag."""
+        elsewhere = ("run", "num", "sampler", "step", "device", "target")
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+        of_sampler = dataclasses.asdict(self.sampler)
+        return {"sampler": of_sampler.pop("name"), **of_sampler, **own}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A trained run that is set up to draw the images of a request.
+
+    Attributes:
+        request: which images.
+        run: with its network on the device.
+        sampler, options: the sampler, and how it is set.
+        device: where the images are computed.
+    """
+
+    request: Request
+    run: LoadedRun
+    sampler: Sampler
+    options: SamplerOptions
+    device: torch.device
+
+    @staticmethod
+    def of(request: Request, device: torch.device, step: int | None) -> Drawing:
+        """Load the run.
+
+        Args:
+            step: of the checkpoint; None for the newest valid one.
+
+        Raises:
+            UserError: the request cannot be met; the message says why.
+        """
+        from ddpm_dist.loading import load_run
+
+        sampler = request.sampler.sampler()
+        run = load_run(request.run, step, device=device)
+        return Drawing(request, run, sampler, request.sampler.options(run.process.num_timesteps), device)
+
+    def block(self, block: int, on_step: Callable[[], None]) -> Tensor:
+        """Draw the images of a block, of which each has BLOCK_SIZE.
+
+        Args:
+            on_step: called after each call of the denoiser; may raise to stop.
+
+        Returns:
+            uint8 [BLOCK_SIZE, C, H, W], on the CPU.
+        """
+        from ddpm_dist.evaluation.generate import BLOCK_SIZE, generate_block
+
+        return generate_block(
+            self.run.denoiser(self.sampler.clip),
+            self.run.process,
+            self.sampler,
+            shape=self.run.image_shape,
+            first=block * BLOCK_SIZE,
+            seed=self.request.seed,
+            options=self.options,
+            device=self.device,
+            on_step=on_step,
+        )
+
+    def num_calls(self) -> int:
+        """How often a block calls `on_step`."""
+        return self.sampler.num_calls(self.options, self.run.process.num_timesteps)
+
+    def stamp(self) -> dict[str, Any]:
+        """All that the images follow from, as plain JSON."""
+        facts = {
+            "run": self.request.run.resolve().name,
+            "step": self.run.step,
+            "sha256": self.run.source_sha256,
+            "weights": self.run.weights,
+            **self.request.choices(),
+            "shape": self.run.image_shape,
+            "device": self.device.type,  # each kind of device rounds in its own way
+        }
+        return dict(json.loads(json.dumps(facts)))
+
+    def say_what_is_drawn(self, drawn: int = 0) -> None:
+        """Print how many images there will be, of which size, and of which step.
+
+        Args:
+            drawn: how many of them are drawn already.
+        """
+        height, width = self.run.image_shape[1:]
+        already = f", of which {drawn} are drawn already" if drawn else ""
+        text = f"drawing {self.request.num} images of {height} x {width} from step {self.run.step}{already}"
+        print(text, file=sys.stderr, flush=True)
+
+
+def device_for(requested: str, env: RankEnvironment) -> torch.device:
+    """The device that this rank draws on.
+
+    Args:
+        requested: auto, cpu or cuda.
+
+    Raises:
+        ConfigError: there is none, or a node has fewer GPUs than ranks.
+    """
+    import torch
+
+    from ddpm_dist.parallel.connection import pick_device
+
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
+    device = pick_device(requested, env)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def draw_grid(request: Request, env: RankEnvironment, on_step: Callable[[], None] = lambda: None) -> Path:
+    """Draw the images in this process alone, and write them as one grid.
+
+    Args:
+        on_step: called after each call of the denoiser; may raise to stop.
 
     Returns:
-        the file or folder that was written.
+        the file that was written.
 
     Raises:
         UserError: the request cannot be met; the message says why.
     """
-    from ddpm_dist.backends import configure_backends
-    from ddpm_dist.loading import load_run
-    from ddpm_dist.parallel.environment import cpu_threads, read_environment
+    from tqdm import tqdm
 
-    sampler = request.sampler.sampler()
-    run = load_run(request.run, request.step, device=_device(request.device))
-    configure_backends(run.config.train, cpu_threads(read_environment()))
-    options = request.sampler.options(run.process.num_timesteps)
-    target = request.target or _grid_of(request, run)
+    from ddpm_dist.backends import configure_backends
+    from ddpm_dist.evaluation.generate import BLOCK_SIZE
+    from ddpm_dist.parallel.environment import cpu_threads
+
+    drawing = Drawing.of(request, device_for(request.device, env), request.step)
+    configure_backends(drawing.run.config.train, cpu_threads(env))
+    target = request.target or _grid_of(drawing)
+    num_blocks = -(-request.num // BLOCK_SIZE)
     try:
         target.probe(request.num)
-        height, width = run.image_shape[1:]
-        say = f"drawing {request.num} images of {height} x {width} from step {run.step}"
-        print(say, file=sys.stderr, flush=True)
-        _draw_into(target, request, run, sampler, options)
+        drawing.say_what_is_drawn()
+        total = num_blocks * drawing.num_calls()
+        with tqdm(total=total, unit="call", desc=f"{request.num} images", disable=None) as bar:
+
+            def count() -> None:
+                bar.update()
+                on_step()
+
+            blocks = [drawing.block(block, count) for block in range(num_blocks)]
+        target.write((block[: request.num - BLOCK_SIZE * index] for index, block in enumerate(blocks)), request.num)
     except OSError as error:
-        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
-        raise ConfigError(
-            f"--out {target.path}: cannot be written ({error.filename or target.path}: {reason})"
-        ) from None
+        raise target.cannot_be_written(error) from None
     return target.path
 
 
-def _device(requested: str) -> torch.device:
-    import torch
-
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine shows no CUDA device; valid here: auto, cpu")
-    return torch.device("cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _grid_of(request: Request, run: LoadedRun) -> Target:
+def _grid_of(drawing: Drawing) -> Target:
     """The grid in the run directory that is written unless another target is asked for."""
+    request, run = drawing.request, drawing.run
     name = f"{request.sampler.name}-seed{request.seed}-step-{run.step:08d}.png"
     return Target(run.directory.samples / name, "grid")
-
-
-def _draw_into(target: Target, request: Request, run: LoadedRun, sampler: Sampler, options: SamplerOptions) -> None:
-    from tqdm import tqdm
-
-    from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
-
-    total = num_model_calls(request.num, sampler, options, run.process.num_timesteps)
-    with tqdm(total=total, unit="call", desc=f"{request.num} images", disable=None) as bar:
-        blocks = generate_blocks(
-            run.denoiser(sampler.clip),
-            run.process,
-            sampler,
-            shape=run.image_shape,
-            num=request.num,
-            seed=request.seed,
-            options=options,
-            device=next(run.network.parameters()).device,
-            on_step=lambda: bar.update() and None,
-        )
-        target.write(blocks)

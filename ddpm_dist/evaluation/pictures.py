@@ -15,11 +15,12 @@ from ddpm_dist.run.files import replacing
 SEEN_SIZE = 64  # pixels on a screen; a digit of 16 pixels is hard to see there
 
 
-def save_png(image: Tensor, path: Path) -> None:
+def save_png(image: Tensor, path: Path, durable: bool = True) -> None:
     """Write a PNG, which replaces `path` in one step.
 
     Args:
         image: uint8 [C, H, W] in [0, 255], C = 1 or 3.
+        durable: that of `replacing`.
 
     Raises:
         OSError: the file cannot be written.
@@ -28,7 +29,7 @@ def save_png(image: Tensor, path: Path) -> None:
 
     buffer = io.BytesIO()
     to_pil_image(image).save(buffer, format="PNG")
-    with replacing(path) as file:
+    with replacing(path, durable=durable) as file:
         file.write(buffer.getvalue())
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from ddpm_dist.command import one_line
 from ddpm_dist.errors import ConfigError, DataError, ExitCode, UserError
 from ddpm_dist.parallel.watchdog import Watchdog
 
@@ -97,3 +99,15 @@ def read_note(store: Store) -> Failure | None:
             exit_code, rank, reason = json.loads(store.get(_NOTE))
             return Failure(exit_code, f"rank {rank}: {reason}", (rank,))
     return None
+
+
+def explain(error: Exception, rank: int) -> tuple[int, str]:
+    """(exit code, text to print) for an error that ends this rank. An empty text: another rank prints it."""
+    if isinstance(error, FailedElsewhere):
+        return error.exit_code, ""
+    said = one_line(error)
+    if said is not None:
+        return said
+    if is_lost_contact(error):
+        return ExitCode.SOFTWARE, f"error: rank {rank}: {' '.join(str(error).split())}"
+    return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"

@@ -52,6 +52,9 @@ class NoPeers:
     def all_succeed(self, work: Callable[[], T]) -> T:
         return work()
 
+    def in_shares(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        work(self._stop_requested)
+
     def report_failure(self, exit_code: int, reason: str) -> None:
         """There is nobody to tell."""
 
@@ -128,6 +131,9 @@ class ConnectedPeers:
 
     def all_succeed(self, work: Callable[[], T]) -> T:
         return self._rank_zero.all_succeed(work)
+
+    def in_shares(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        self._rank_zero.in_shares(work)
 
     def report_failure(self, exit_code: int, reason: str) -> None:
         if self._connection.rank:

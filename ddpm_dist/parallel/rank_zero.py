@@ -1,6 +1,6 @@
-"""Work that rank 0 does alone while the others wait, and work of all that counts only if every rank succeeds.
+"""Work that rank 0 does alone while the others wait, and work of all ranks at their own speeds.
 
-Both go through the store and not through collectives, which would time out during long work. Rank 0 counts up a
+All of it goes through the store and not through collectives, which would time out during long work. Rank 0 counts up a
 heartbeat while it works, and leaves the outcome under a key that the others look for.
 """
 
@@ -24,7 +24,7 @@ BEAT_SECONDS = 1.0  # between two heartbeats of rank 0 while it works
 
 
 class RankZeroWork:
-    """How connected ranks do `Ranks.on_rank_zero` and `Ranks.all_succeed`, where the methods are described.
+    """How connected ranks do `on_rank_zero`, `all_succeed` and `in_shares` of `Ranks`, where these are described.
 
     Args:
         connection: to the other ranks.
@@ -120,15 +120,54 @@ class RankZeroWork:
 
         def work_and_collect(should_stop: Callable[[], bool]) -> None:
             values.append(work())
-            for rank in range(1, self._connection.world_size):
-                outcome = json.loads(self._await_from(rank, f"{name}/{rank}", should_stop))
-                if outcome["failed"]:
-                    raise user_error(outcome["failed"], outcome["message"], rank)
+            self._collect(name, should_stop)
 
         if self._connection.rank:
             values += self._work_and_tell(f"{name}/{self._connection.rank}", work)
         self.do(work_and_collect)
         return values[0]
+
+    def in_shares(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        """Every rank does its share at its own speed; if one stops or fails, all of them stop. Collective."""
+        name = f"shares/{self._count}"
+        halt = Halt(self._store, f"{name}/halt")
+
+        def share(should_stop: Callable[[], bool]) -> None:
+            try:
+                work(lambda: should_stop() or halt.is_called())
+            except StopRequested:
+                halt.call()
+            except BaseException:
+                halt.call()
+                raise
+
+        def share_and_collect(should_stop: Callable[[], bool]) -> None:
+            try:
+                share(should_stop)
+                self._collect(name, should_stop)
+            except StopRequested:
+                halt.call()
+                raise
+            if halt.was_called():  # nobody has failed, so some rank was asked to stop
+                raise StopRequested
+
+        if not self._connection.rank:
+            self.do(share_and_collect)
+            return
+        try:
+            self._work_and_tell(f"{name}/{self._connection.rank}", lambda: share(self._stop_requested))
+        except Exception:
+            with contextlib.suppress(RankZeroFailed):
+                self.do(share_and_collect)  # so that all ranks know, and leave together
+            raise
+        self.do(share_and_collect)
+
+    def _collect(self, name: str, should_stop: Callable[[], bool]) -> None:
+        """On rank 0: wait for the outcome of every other rank, and raise the first error that one of them met."""
+        for rank in range(1, self._connection.world_size):
+            outcome = json.loads(self._await_from(rank, f"{name}/{rank}", should_stop))
+            if outcome["failed"]:
+                raise user_error(outcome["failed"], outcome["message"], rank)
 
     def _work_and_tell(self, key: str, work: Callable[[], T]) -> list[T]:
         """Do the work and leave its outcome for rank 0, which raises what the user can mend; that gives no value."""
@@ -182,3 +221,32 @@ class Pulse:
             self._last_beat, self._last_change = beat, now
         elif now - self._last_change > self._timeout_seconds:
             raise RankLost(f"rank {self._rank} has been silent for {self._timeout_seconds:g} s", [self._rank])
+
+
+class Halt:
+    """A key of the store by which one rank tells all that they shall stop what they are doing.
+
+    Args:
+        store, key: where the word is left.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key = store, key
+        self._called, self._next_look = False, time.monotonic()
+
+    def call(self) -> None:
+        """Tell all ranks to stop."""
+        self._called = True
+        self._store.set(self._key, "1")
+
+    def is_called(self) -> bool:
+        """Whether a rank has told all to stop, as of BEAT_SECONDS ago at most. It costs next to nothing."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + BEAT_SECONDS
+            return self.was_called()
+        return self._called
+
+    def was_called(self) -> bool:
+        """Whether a rank has told all to stop, as of now."""
+        self._called = self._called or self._store.check([self._key])
+        return self._called

@@ -130,6 +130,21 @@ class Ranks:
         """
         return self._peers.all_succeed(work)
 
+    def in_shares(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        """Every rank does its share of long work at its own speed, without any collective in between. Collective.
+
+        Ranks that have finished wait as in `on_rank_zero`, however long the others take.
+
+        Args:
+            work: called on every rank with `should_stop() -> bool`, which becomes true, a second later at most, when
+                any rank was asked to stop or has failed. Then the work is to raise StopRequested.
+
+        Raises:
+            StopRequested: on every rank, if any of them was asked to stop.
+            Exception: as in `all_succeed`, if the work of a rank raised anything else.
+        """
+        self._peers.in_shares(work)
+
     @property
     def failure_is_shared(self) -> bool:
         """Whether all ranks know of the error that ends this one, so that they can leave together."""

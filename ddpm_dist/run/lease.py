@@ -56,12 +56,7 @@ class Lease:
 
     def check(self) -> None:
         """The fence: call it before a file is put in place. Raises TakenOver if a later attempt has begun."""
-        if self._next.exists():
-            other = read_json(self._next) or {}
-            raise TakenOver(
-                f"{self._path.parent.parent}: attempt {self.number} was taken over by attempt {self.number + 1} "
-                f"({_holder(other)}); this one writes nothing any more"
-            )
+        check_claim(self._path.parent, self.number)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the attempt's file."""
@@ -89,7 +84,13 @@ class Lease:
             file.write(_text(self._facts))
 
 
-def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[[float], None] = time.sleep) -> Lease:
+def claim(
+    directory: Path,
+    facts: dict[str, Any],
+    at_least: int,
+    wait: Callable[[float], None] = time.sleep,
+    refusal: tuple[str, str] = ("is being trained", "give another run.name"),
+) -> Lease:
     """Become the one attempt that writes; waits while it is not clear whether another one is alive.
 
     Args:
@@ -97,6 +98,7 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
         facts: plain JSON about this attempt, in addition to what the lease itself needs.
         at_least: the lowest number to claim, where earlier attempts are known from elsewhere.
         wait: called with the seconds to wait; may raise an exception, which ends the waiting.
+        refusal: what a living attempt is doing, and what may be done instead of stopping it; for the message.
 
     Raises:
         ConfigError: another attempt is alive; the message says where.
@@ -108,8 +110,8 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
         holder = _living_holder(directory / _name(newest), wait) if newest else None
         if holder is not None:
             raise ConfigError(
-                f"{directory.parent}: is being trained by attempt {holder.get('attempt')} ({_holder(holder)}); "
-                "stop that one first, or give another run.name"
+                f"{directory.parent}: {refusal[0]} by attempt {holder.get('attempt')} ({_holder(holder)}); "
+                f"stop that one first, or {refusal[1]}"
             )
         number = max(newest + 1, at_least)
         claimed = {"attempt": number, **_identity(), "started": time.time(), "beat": 0, "ended": None, **facts}
@@ -123,6 +125,24 @@ def claim(directory: Path, facts: dict[str, Any], at_least: int, wait: Callable[
             continue  # another process was first: look whether it is alive
         finally:
             private.unlink(missing_ok=True)
+
+
+def check_claim(directory: Path, number: int) -> None:
+    """`Lease.check` for the other ranks of an attempt, which know its number from rank 0.
+
+    Args:
+        directory: `attempts/`.
+        number: of this attempt.
+
+    Raises:
+        TakenOver: a later attempt has begun.
+    """
+    after = directory / _name(number + 1)
+    if after.exists():
+        raise TakenOver(
+            f"{directory.parent}: attempt {number} was taken over by attempt {number + 1} "
+            f"({_holder(read_json(after) or {})}); this one writes nothing any more"
+        )
 
 
 def _sweep(directory: Path) -> None:

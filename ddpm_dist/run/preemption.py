@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from ddpm_dist.errors import ExitCode
@@ -37,6 +39,17 @@ class StopSignal:
         launcher = self._follow_launcher() if under_launcher else None
         self._listen(launcher)
         return self
+
+    @contextlib.contextmanager
+    def installed(self, *, under_launcher: bool) -> Iterator[StopSignal]:
+        """Take over the stop signals for a block of code; afterwards they do what they did before. See `install`."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            yield self.install(under_launcher=under_launcher)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(signal.set_wakeup_fd(-1))  # which ends the thread that listens
 
     def requested(self) -> bool:
         """Whether a stop signal has come."""
@@ -75,7 +88,10 @@ class StopSignal:
         def listen() -> None:
             while launcher is None or os.getppid() == launcher:
                 if select.select([readable], [], [], None if launcher is None else 0.25)[0]:
-                    for number in os.read(readable, 64):
+                    numbers = os.read(readable, 64)
+                    if not numbers:  # the other end was closed
+                        return os.close(readable)
+                    for number in numbers:
                         self._remember(number)
             self._remember(signal.SIGTERM)
             time.sleep(LAUNCHER_GONE_SECONDS)

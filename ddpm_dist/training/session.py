@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,7 +12,6 @@ import torch
 
 from ddpm_dist.backends import configure_backends
 from ddpm_dist.build import build_batches, check_own_network, size_divisor
-from ddpm_dist.command import one_line
 from ddpm_dist.config import Config, check_world_size, loader_workers
 from ddpm_dist.data import datasets
 from ddpm_dist.data.batches import iterate
@@ -260,15 +258,3 @@ def _node_at_fault(failure: Failure, ranks: Ranks) -> str | None:
     """
     nodes = {ranks.nodes[rank] for rank in failure.ranks}
     return nodes.pop() if len(nodes) == 1 else None
-
-
-def explain(error: Exception, rank: int) -> tuple[int, str]:
-    """(exit code, text to print) for an error that ends this rank. An empty text: another rank prints it."""
-    if isinstance(error, FailedElsewhere):
-        return error.exit_code, ""
-    said = one_line(error)
-    if said is not None:
-        return said
-    if is_lost_contact(error):
-        return ExitCode.SOFTWARE, f"error: rank {rank}: {' '.join(str(error).split())}"
-    return ExitCode.SOFTWARE, f"rank {rank}:\n{''.join(traceback.format_exception(error))}"
