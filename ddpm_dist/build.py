@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ddpm_dist.config import Config, named_parts, width_of
 from ddpm_dist.data.batches import StepBatches, blank
 from ddpm_dist.data.images import Images
-from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss
+from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS, Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
+from ddpm_dist.diffusion.variance import VARIANCES, Variance
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.models.averages import EMA, Average, PowerEMA
 from ddpm_dist.models.networks import NETWORKS, Network, find_network
@@ -26,6 +27,7 @@ from ddpm_dist.randomness import derive_seed
 TABLES: dict[str, Mapping[str, Any]] = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
+    "diffusion.variance": VARIANCES,
     "loss.weighting": LOSSES,
     "loss.timestep_sampler": TIMESTEP_SAMPLERS,
     "model.name": NETWORKS,
@@ -74,15 +76,23 @@ def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
     return PREDICTIONS[config.diffusion.prediction](process)
 
 
+def build_variance(config: Config, process: GaussianDiffusion) -> Variance:
+    """Build the config's variance of the reverse steps; the network has its `num_parts` times the images' channels."""
+    return VARIANCES[config.diffusion.variance](process)
+
+
 def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -> DenoisingLoss:
-    """Build the config's training loss.
+    """Build the config's training loss. If the network learns its variance, the loss teaches that too.
 
     Args:
         process: the forward process, on the device of the batches.
         autocast: makes the context in which the network's forward pass runs.
     """
-    prediction = build_prediction(config, process)
-    return LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma)
+    prediction, variance = build_prediction(config, process), build_variance(config, process)
+    loss = LOSSES[config.loss.weighting](process, prediction, autocast, config.loss.min_snr_gamma, variance)
+    if variance.num_parts == 1 or loss.trains_variance:
+        return loss
+    return HybridLoss(loss, VariationalLoss(process, prediction, autocast, variance=variance), config.loss.vlb_weight)
 
 
 def build_model(
@@ -111,7 +121,7 @@ def build_model(
 
 def _out_channels(config: Config, image_shape: tuple[int, int, int]) -> int:
     """The number of channels of the network's output."""
-    return image_shape[0]
+    return image_shape[0] * VARIANCES[config.diffusion.variance].num_parts
 
 
 def _new_network(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

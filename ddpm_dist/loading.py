@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.build import build_model, build_prediction, build_process, check_names, check_weights_fit
+from ddpm_dist.build import build_model, build_prediction, build_process, build_variance, check_names, check_weights_fit
 from ddpm_dist.config import POWER, Config, from_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser, Network
 from ddpm_dist.diffusion.guidance import Guided
@@ -77,7 +77,8 @@ class LoadedRun:
         network: Network = self.network
         if self.num_classes:
             network = Guided(network, self.num_classes, guidance, interval)
-        return Denoiser(network, self.process, self.prediction, clip)
+        variance = build_variance(self.config, self.process)
+        return Denoiser(network, self.process, self.prediction, clip, variance=variance)
 
 
 def weights_of(checkpoint: Checkpoint, name: str, directory: RunDirectory) -> Mapping[str, Tensor]:

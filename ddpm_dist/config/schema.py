@@ -82,6 +82,11 @@ class DiffusionConfig:
     prediction: str = key(
         "eps", "what the network predicts; eps: the noise, x0: the image, v: noise minus image", named=True
     )
+    variance: str = key(
+        "fixed_large",
+        "variance of the reverse steps; fixed_large: beta, fixed_small: that of the posterior, learned: in between",
+        named=True,
+    )
     beta_start: float = key(
         1e-4, "beta of the first (least noisy) timestep; cosine and sigmoid ignore it", above=0.0, below=1.0
     )
@@ -94,10 +99,14 @@ class LossConfig:
 
     weighting: str = key(
         "simple",
-        "how much each timestep counts; simple: all the same, min_snr and p2: less with little noise",
+        "how much each timestep counts; simple: all the same, min_snr and p2: less with little noise, vlb: as in the "
+        "variational bound",
         named=True,
     )
     min_snr_gamma: float = key(5.0, "with min_snr an error of the image counts min(SNR, this)", above=0.0)
+    vlb_weight: float = key(
+        0.001, "with a learned variance, weight of the bound beside another weighting than vlb", above=0.0
+    )
     timestep_sampler: str = key("uniform", "how the timestep of each image is drawn", named=True)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
+from ddpm_dist.diffusion.variance import Variance
 
 Network = Callable[..., Tensor]
 """(x_t float32 [B, ...], t int64 [B], **cond) -> its output [B, ...], in float32 or a half precision type."""
@@ -45,6 +46,7 @@ class Denoiser:
         clip: whether x_start is clipped to [-1, 1]. eps is then computed from the clipped x_start, so that the two
             still make up x_t. The code of Ho et al. clips at each step; the reference recipe does not.
         cond: what the network is conditioned on, each [B, ...].
+        variance: of the reverse steps. Only one that the network learns has an effect here.
     """
 
     network: Network
@@ -52,6 +54,7 @@ class Denoiser:
     prediction: Prediction
     clip: bool
     cond: Mapping[str, Tensor] = field(default_factory=dict)
+    variance: Variance | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Denoised:
         """The x_0 and the ε that the network predicts from x_t.
@@ -63,9 +66,11 @@ class Denoiser:
         Returns:
             x_start and eps, each float32 [B, ...].
         """
-        output = self.network(x_t, t, **self.cond).float()
+        output, log_variance = self.network(x_t, t, **self.cond).float(), None
+        if self.variance is not None and self.variance.num_parts == 2:
+            output, log_variance = self.variance.split(output, t)
         x_start, eps = self.prediction.to_x_start_and_eps(x_t, t, output)
         if self.clip:
             x_start = x_start.clamp(-1, 1)
             eps = self.process.predict_eps_from_start(x_t, t, x_start)
-        return Denoised(x_start, eps)
+        return Denoised(x_start, eps, log_variance)

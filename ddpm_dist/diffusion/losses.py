@@ -13,8 +13,10 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_dist.diffusion.bound import bound_term
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
+from ddpm_dist.diffusion.variance import FixedLarge, Variance
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 """Makes the context in which the network's forward pass runs in the chosen number format."""
@@ -28,13 +30,25 @@ class DenoisingLoss(ABC):
         prediction: what the network's output is compared with.
         autocast: the number format of the network's forward pass; x_t and the loss are float32.
         min_snr_gamma: γ of the min-SNR weighting, above 0; other losses ignore it.
+        variance: of the reverse steps; losses without it ignore it.
+
+    Attributes:
+        trains_variance: whether the loss reads the whole output of a network that learns its variance. Others are
+            given the prediction's part of it alone, by a HybridLoss around them.
     """
 
+    trains_variance = False
+
     def __init__(
-        self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast, min_snr_gamma: float = 5.0
+        self,
+        process: GaussianDiffusion,
+        prediction: Prediction,
+        autocast: Autocast,
+        min_snr_gamma: float = 5.0,
+        variance: Variance | None = None,
     ) -> None:
-        self.process, self.prediction, self._autocast = process, prediction, autocast
-        self.min_snr_gamma = min_snr_gamma
+        self.process, self.prediction, self.autocast = process, prediction, autocast
+        self.min_snr_gamma, self.variance = min_snr_gamma, variance or FixedLarge(process)
 
     @abstractmethod
     def __call__(
@@ -61,10 +75,14 @@ class DenoisingLoss(ABC):
         self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The network's output at x_t and what it is compared with, each float32 [B, C, H, W]."""
-        x_t = self.process.q_sample(x_start, t, noise)
-        with self._autocast():
+        output = self.output(network, self.process.q_sample(x_start, t, noise), t, cond)
+        return output, self.prediction.target(x_start, noise, t)
+
+    def output(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """The network's output at x_t, float32."""
+        with self.autocast():
             output: Tensor = network(x_t, t, **cond)
-        return output.float(), self.prediction.target(x_start, noise, t)
+        return output.float()
 
 
 @final
@@ -92,9 +110,14 @@ class WeightedLoss(DenoisingLoss):
     """
 
     def __init__(
-        self, process: GaussianDiffusion, prediction: Prediction, autocast: Autocast, min_snr_gamma: float = 5.0
+        self,
+        process: GaussianDiffusion,
+        prediction: Prediction,
+        autocast: Autocast,
+        min_snr_gamma: float = 5.0,
+        variance: Variance | None = None,
     ) -> None:
-        super().__init__(process, prediction, autocast, min_snr_gamma)
+        super().__init__(process, prediction, autocast, min_snr_gamma, variance)
         snr = process.snr.double()
         self.weights = (self.x_start_weights(snr) * prediction.x_start_error(snr)).float()
 
@@ -142,9 +165,88 @@ class P2Loss(WeightedLoss):
         return snr / (1 + snr)
 
 
-LOSSES: dict[str, Callable[[GaussianDiffusion, Prediction, Autocast, float], DenoisingLoss]] = {
+@final
+class VariationalLoss(DenoisingLoss):
+    """L_vlb: T times the term of the variational bound at the image's timestep, in bits per dimension.
+
+    Its mean over uniform timesteps is the bound, but for L_T, which nothing learns (Ho et al. 2020, eq. 5). The factor
+    T is that of the authors' code for Nichol & Dhariwal 2021, section 3.3 (arXiv:2102.09672).
+    """
+
+    trains_variance = True
+
+    def __call__(
+        self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        x_t = self.process.q_sample(x_start, t, noise)
+        return self.of_output(self.output(network, x_t, t, cond), x_start, x_t, t)
+
+    def of_output(
+        self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, *, detach_mean: bool = False
+    ) -> Tensor:
+        """The loss of each image, by what the network said about x_t.
+
+        Args:
+            output: float32 [B, C or 2 C, H, W].
+            x_start, x_t: float32 [B, C, H, W].
+            t: int64 [B] in [0, T-1].
+            detach_mean: whether the prediction counts as constant, so that the variance alone gets a gradient.
+
+        Returns:
+            float32 [B].
+        """
+        part, log_variance = self.variance.split(output, t)
+        predicted, _ = self.prediction.to_x_start_and_eps(x_t, t, part.detach() if detach_mean else part)
+        return self.process.num_timesteps * bound_term(self.process, x_start, x_t, t, predicted, log_variance)
+
+
+class _PredictionPart(nn.Module):
+    """A network that learns its variance, as a loss sees it that knows nothing of variances: the prediction alone.
+
+    Attributes:
+        x_t, output: what the network was asked last, and all that it said, in the type of autocast.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = network
+        self.x_t: Tensor
+        self.output: Tensor
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        self.x_t, self.output = x_t, self._network(x_t, t, **cond)
+        return self.output.chunk(2, dim=1)[0]
+
+
+@final
+class HybridLoss(DenoisingLoss):
+    """L_simple + λ L_vlb, where L_vlb teaches the variance alone (Nichol & Dhariwal 2021, eq. 16, arXiv:2102.09672).
+
+    Args:
+        simple: the loss of the prediction, of any weighting.
+        bound: L_vlb, whose variance is the learned one.
+        vlb_weight: λ, above 0. L_vlb is the whole bound: T times the term of the image's timestep, in bits/dim.
+    """
+
+    trains_variance = True
+
+    def __init__(self, simple: DenoisingLoss, bound: VariationalLoss, vlb_weight: float) -> None:
+        super().__init__(bound.process, bound.prediction, bound.autocast, variance=bound.variance)
+        self.simple, self.bound, self.vlb_weight = simple, bound, vlb_weight
+
+    def __call__(
+        self, network: nn.Module, x_start: Tensor, t: Tensor, noise: Tensor, cond: Mapping[str, Tensor]
+    ) -> Tensor:
+        part = _PredictionPart(network)
+        simple = self.simple(part, x_start, t, noise, cond)
+        bound = self.bound.of_output(part.output.float(), x_start, part.x_t, t, detach_mean=True)
+        return simple + self.vlb_weight * bound
+
+
+LOSSES: dict[str, Callable[[GaussianDiffusion, Prediction, Autocast, float, Variance], DenoisingLoss]] = {
     "simple": SimpleLoss,
     "min_snr": MinSNRLoss,
     "p2": P2Loss,
+    "vlb": VariationalLoss,
 }
 """The losses by the name that loss.weighting gives them."""

@@ -43,6 +43,8 @@ class GaussianDiffusion:
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        # At 0 the posterior has no variance, and no logarithm of it: it gets that of timestep 1.
+        posterior_variance_clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
 
         def table(values: Tensor) -> Tensor:
             return values.float().to(device)
@@ -56,9 +58,11 @@ class GaussianDiffusion:
         self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
         self.snr = table(alphas_cumprod / (1 - alphas_cumprod))
         self.posterior_variance = table(posterior_variance)
+        self.posterior_log_variance_clipped = table(posterior_variance_clipped.log())
         self.posterior_mean_coef1 = table(betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod))
         self.posterior_mean_coef2 = table((1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod))
         self.sqrt_betas = table(betas.sqrt())
+        self.log_betas = table(betas.log())
         # x_{t-1} = (x_t - beta / sqrt(1 - alphas_cumprod) eps) / sqrt(alpha): the two factors of eq. 11.
         self.sqrt_recip_alphas = table(alphas.rsqrt())
         self.eps_coef = table(betas / ((1 - alphas_cumprod).sqrt() * alphas.sqrt()))
@@ -74,8 +78,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        signal = _per_image(self.sqrt_alphas_cumprod, t, x_start)
-        return signal * x_start + _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        signal = per_image(self.sqrt_alphas_cumprod, t, x_start)
+        return signal * x_start + per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
     def predict_start_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_0 = (x_t - sqrt(1 - ᾱ_t) ε) / sqrt(ᾱ_t)  (eq. 4 solved for x_0); not clipped.
@@ -87,8 +91,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps
-        return (x_t - noise) / _per_image(self.sqrt_alphas_cumprod, t, x_t)
+        noise = per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps
+        return (x_t - noise) / per_image(self.sqrt_alphas_cumprod, t, x_t)
 
     def predict_eps_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """ε = (x_t - sqrt(ᾱ_t) x_0) / sqrt(1 - ᾱ_t)  (eq. 4 solved for ε).
@@ -100,8 +104,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        signal = _per_image(self.sqrt_alphas_cumprod, t, x_t) * x_start
-        return (x_t - signal) / _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        signal = per_image(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        return (x_t - signal) / per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0  (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
@@ -113,8 +117,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        signal = _per_image(self.sqrt_alphas_cumprod, t, x_start) * noise
-        return signal - _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
+        signal = per_image(self.sqrt_alphas_cumprod, t, x_start) * noise
+        return signal - per_image(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(ᾱ_t) x_t - sqrt(1 - ᾱ_t) v  (Salimans & Ho 2022, appendix D); not clipped.
@@ -126,8 +130,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
-        return _per_image(self.sqrt_alphas_cumprod, t, x_t) * x_t - noise
+        noise = per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        return per_image(self.sqrt_alphas_cumprod, t, x_t) * x_t - noise
 
     def predict_eps_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """ε = sqrt(1 - ᾱ_t) x_t + sqrt(ᾱ_t) v: the other row of the rotation that turns (x_0, ε) into (x_t, v).
@@ -139,8 +143,8 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        noise = _per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
-        return noise + _per_image(self.sqrt_alphas_cumprod, t, x_t) * v
+        noise = per_image(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+        return noise + per_image(self.sqrt_alphas_cumprod, t, x_t) * v
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance β̃_t of q(x_{t-1} | x_t, x_0)  (eqs. 6 and 7).
@@ -152,9 +156,9 @@ class GaussianDiffusion:
         Returns:
             mean float32 [B, ...]; variance float32 [B, 1, ...], broadcast over each image.
         """
-        start = _per_image(self.posterior_mean_coef1, t, x_t) * x_start
-        mean = start + _per_image(self.posterior_mean_coef2, t, x_t) * x_t
-        return mean, _per_image(self.posterior_variance, t, x_t)
+        start = per_image(self.posterior_mean_coef1, t, x_t) * x_start
+        mean = start + per_image(self.posterior_mean_coef2, t, x_t) * x_t
+        return mean, per_image(self.posterior_variance, t, x_t)
 
     def p_mean(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """μ_θ = (x_t - β_t / sqrt(1 - ᾱ_t) ε_θ) / sqrt(α_t)  (eq. 11).
@@ -166,9 +170,9 @@ class GaussianDiffusion:
         Returns:
             float32 [B, ...].
         """
-        return _per_image(self.sqrt_recip_alphas, t, x_t) * x_t - _per_image(self.eps_coef, t, x_t) * eps
+        return per_image(self.sqrt_recip_alphas, t, x_t) * x_t - per_image(self.eps_coef, t, x_t) * eps
 
 
-def _per_image(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+def per_image(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """table[t] as [B, 1, ..., 1], to broadcast over x."""
     return table[t].view(-1, *[1] * (x.ndim - 1))

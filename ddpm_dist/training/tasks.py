@@ -228,7 +228,7 @@ class Preview:
             num_classes = context.contract["num_classes"]
             network = Guided(network, num_classes, self._preview.guidance, self._preview.guidance_interval)
             self._classes = Classes(num_classes)
-        self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip)
+        self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip, variance=loss.variance)
 
     def due(self, step: int) -> bool:
         """Every preview.every steps, and at the target; never without preview.num_images."""

@@ -20,9 +20,11 @@ TABLES = (
     "sqrt_one_minus_alphas_cumprod",
     "snr",
     "posterior_variance",
+    "posterior_log_variance_clipped",
     "posterior_mean_coef1",
     "posterior_mean_coef2",
     "sqrt_betas",
+    "log_betas",
     "sqrt_recip_alphas",
     "eps_coef",
 )
@@ -56,9 +58,11 @@ def float64_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
         "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - cumulative),
         "snr": cumulative / (1 - cumulative),
         "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log([variance[1], *variance[1:]]),  # log 0 at t = 0
         "posterior_mean_coef1": np.concatenate([[1.0], first]),  # at t = 0 the prior is a point: x_0 itself
         "posterior_mean_coef2": likelihood / np.sqrt(alphas) * variance,
         "sqrt_betas": np.sqrt(betas),
+        "log_betas": np.log(betas),
         "sqrt_recip_alphas": 1 / np.sqrt(alphas),
         "eps_coef": betas / np.sqrt(1 - cumulative) / np.sqrt(alphas),
     }

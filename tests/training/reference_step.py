@@ -72,11 +72,46 @@ def decays_after(r: Any, step: int) -> dict[str, float]:
     return found
 
 
+def term_of_the_bound(
+    r: Any, alphas_cumprod: Tensor, said: Tensor, v: Tensor, x: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """L_t of each image in bits per dimension, float32 [B], if the network said this; v is there if it is learned."""
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    betas = 1 - alphas_cumprod / before
+    posterior = betas * (1 - before) / (1 - alphas_cumprod)
+
+    def at(table: Tensor) -> Tensor:
+        return table.float()[t].view(-1, 1, 1, 1)
+
+    signal, sigma = at(alphas_cumprod.sqrt()), at((1 - alphas_cumprod).sqrt())
+    low, high = at(posterior[1:][[0, *range(999)]].log()), at(betas.log())
+    predicted = {"eps": (x_t - sigma * said) / signal, "x0": said, "v": signal * x_t - sigma * said}[r.prediction]
+    if r.variance == "learned":
+        weight = (v + 1) / 2
+        spread = weight * high + (1 - weight) * low
+    else:
+        spread = low if r.variance == "fixed_small" else torch.where(t[:, None, None, None] == 0, low, high)
+    of_start = betas * before.sqrt() / (1 - alphas_cumprod)
+    of_x_t = (1 - before) * (1 - betas).sqrt() / (1 - alphas_cumprod)
+    mean, true_mean = (at(of_start) * image + at(of_x_t) * x_t for image in (predicted, x))
+    change = low - spread
+    divergence = 0.5 * (torch.expm1(change) - change + (true_mean - mean).square() * torch.exp(-spread))
+    distance, half = (x - mean) * torch.exp(-0.5 * spread), torch.exp(-0.5 * spread) / 255
+    upper, lower = (torch.special.log_ndtr(side - distance.abs()) for side in (half, -half))
+    level = upper + torch.log(-torch.expm1(lower - upper))
+    level = torch.where(x == -1, torch.special.log_ndtr(distance + half), level)
+    level = torch.where(x == 1, torch.special.log_ndtr(half - distance), level)
+    bits = [value.mean(dim=(1, 2, 3)) / math.log(2) for value in (divergence, -level)]
+    return torch.where(t == 0, bits[1], bits[0])
+
+
 def train(images: Tensor, r: Any) -> tuple[Any, ...]:
     """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
     torch.manual_seed(derive_seed(r.seed, "weights"))
     layout = torch.channels_last if r.channels_last else torch.contiguous_format
-    model = UNet(images.shape[1], r.channels, dropout=r.dropout).to(memory_format=layout)
+    num_parts = 2 if r.variance == "learned" else 1
+    model = UNet(images.shape[1], r.channels, dropout=r.dropout, out_channels=num_parts * images.shape[1])
+    model = model.to(memory_format=layout)
     weights = list(model.parameters())
     averages = {name: [weight.detach().clone() for weight in weights] for name in decays_after(r, 0)}
     kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[r.optimizer]
@@ -84,7 +119,7 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
     scale, in_a_row, log = r.first_scale, 0, []
     alphas_cumprod = noise_schedule(r)
     weight_of = weights_of_timesteps(r, alphas_cumprod)
-    alphas_cumprod = alphas_cumprod[:, None, None, None]
+    table, alphas_cumprod = alphas_cumprod, alphas_cumprod[:, None, None, None]
     groups = r.shards if r.bitwise else r.ranks  # a group adds its micro-batches up in turn, then pairs add their sums
     divisor, late_divisor = (r.shards, 1) if r.bitwise else (r.micro, r.ranks)  # of a loss, and of the sum of gradients
     for step in range(r.steps):
@@ -100,8 +135,15 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
             with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32):
                 output = model(x_t.contiguous(memory_format=layout), t)
             target = {"eps": noise, "x0": x_start, "v": signal * noise - sigma * x_start}[r.prediction]
-            errors = (output.float() - target).square()
-            if weight_of is None:
+            said, v = output.float().chunk(2, 1) if num_parts == 2 else (output.float(), output)
+            errors = (said - target).square()
+            if r.weighting == "vlb":
+                part = (1000 * term_of_the_bound(r, table, said, v, x_start, x_t, t)).mean() / divisor
+            elif num_parts == 2:
+                bound = 1000 * term_of_the_bound(r, table, said.detach(), v, x_start, x_t, t)
+                weights_now = 1 if weight_of is None else weight_of[t]
+                part = (weights_now * errors.mean(dim=(1, 2, 3)) + r.vlb_weight * bound).mean() / divisor
+            elif weight_of is None:
                 part = errors.mean() / divisor
             else:
                 part = (weight_of[t] * errors.mean(dim=(1, 2, 3))).mean() / divisor

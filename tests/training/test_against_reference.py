@@ -57,8 +57,10 @@ class Recipe:
     schedule: str = "linear"
     zero_terminal_snr: bool = False
     prediction: str = "eps"
+    variance: str = "fixed_large"
     weighting: str = "simple"
     min_snr_gamma: float = 5.0
+    vlb_weight: float = 0.001
     optimizer: str = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -84,7 +86,9 @@ class Recipe:
             f"diffusion.schedule={self.schedule}",
             f"diffusion.zero_terminal_snr={self.zero_terminal_snr}",
             f"diffusion.prediction={self.prediction}",
+            f"diffusion.variance={self.variance}",
             f"loss.weighting={self.weighting}",
+            f"loss.vlb_weight={self.vlb_weight}",
             f"loss.min_snr_gamma={self.min_snr_gamma}",
             f"optim.name={self.optimizer}",
             f"optim.beta1={self.betas[0]}",
@@ -138,6 +142,16 @@ RECIPES: dict[str, Recipe] = {
         first_scale=2.0**22,
         **ADAMW,
     ),
+    "fp32, learned variance, micro-batches, clipped": Recipe(
+        variance="learned", micro=2, grad_clip=0.5, **RANDOM, **COSINE
+    ),
+    "fp32, v prediction, learned variance, bound, cosine": Recipe(
+        prediction="v", variance="learned", weighting="vlb", schedule="cosine", grad_clip=0.5
+    ),
+    "fp32, bound of fixed small": Recipe(weighting="vlb", variance="fixed_small", grad_clip=0.5, flip=True),
+    "2 ranks, bf16, bitwise, x0 prediction, min-SNR, learned variance": Recipe(
+        "bf16", bitwise=True, ranks=2, prediction="x0", weighting="min_snr", variance="learned", vlb_weight=0.01
+    ),
     "2 ranks, p2, AdamW": Recipe(ranks=2, weighting="p2", **ADAMW, **COSINE),
     "fp32, no fused Adam, NaN": Recipe(fused=False, nan_step=5, warmup_steps=6, channels_last=False, **RANDOM),
     "fp32, bitwise, NaN": Recipe(bitwise=True, nan_step=7, grad_clip=0.5, **RANDOM, **COSINE),
@@ -159,6 +173,8 @@ QUICK = (
     "fp32, v prediction",
     "fp32, x0 prediction, min-SNR, sigmoid",
     "fp32, v prediction, p2, zero terminal SNR, AdamW, NaN",
+    "fp32, learned variance, micro-batches, clipped",
+    "fp32, v prediction, learned variance, bound, cosine",
     "fp16, clipped",
     "2 ranks, bf16, bitwise",
 )
