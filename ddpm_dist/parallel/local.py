@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import time
@@ -16,11 +20,24 @@ from typing import Any, Self
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
+PORTS = range(10000, 15000)
+"""From 32768 on Linux gives ports to whoever asks for any, and ours might be taken before a rank listens on it."""
+
+_next = itertools.count(secrets.randbelow(len(PORTS)))
+
+
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of the loopback interface that nobody listens on now, and another one at each call.
+
+    Raises:
+        OSError: all of PORTS are taken.
+    """
+    for _ in PORTS:
+        port = PORTS[next(_next) % len(PORTS)]
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
 class LocalRanks:
