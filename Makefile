@@ -34,12 +34,15 @@ train: export DDPM_COMMAND := make train$(if $(ARGS), ARGS='$(ARGS)')
 train: $(CAN_TRAIN) ## train on this machine: configs/quickstart.yaml
 	PYTHON=$(BIN)/python launch/torchrun.sh --config configs/quickstart.yaml $(ARGS)
 
-test: check ## all checks and all tests, as CI runs them (40 minutes on two cores)
-	$(BIN)/python -m pytest $(ARGS)
+# Two processes, since one waits for most of its time; ARGS='-n 0' makes it one, as for a debugger.
+PYTEST := $(BIN)/python -m pytest -n 2
+
+test: check ## all checks and all tests, as CI runs them (half an hour on two cores)
+	$(PYTEST) $(ARGS)
 
 # Without the tests marked slow: real SLURM, torchrun, kills, full disks, servers. Under three minutes on two cores.
 test-quick: check ## all checks and the quick tests of every part (three minutes)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
 torture: install ## random accidents for hours
 	PYTHONPATH=tests:tests/slurm OMP_NUM_THREADS=1 $(BIN)/python tests/faults/torture.py $(ARGS)

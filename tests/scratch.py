@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -22,10 +21,12 @@ import numpy as np
 from documents import ROOT, Entry, configs_in_documents
 from PIL import Image
 
+from ddpm_dist.parallel.local import free_port
+
 TINY = "data.image_size=8 model.channels=8 diffusion.num_timesteps=4 optim.warmup_steps=1"
 SHORT = "train.max_steps=20 checkpoint.every=10 preview.num_images=4 preview.steps=2"
 TRAIN_TINY = f"python -m ddpm_dist.train --config configs/quickstart.yaml {TINY} {SHORT}"
-SECONDS = 300.0  # for any one command
+SECONDS = 500.0  # for any one command
 
 
 def make_checkout(folder: Path) -> None:
@@ -117,12 +118,6 @@ def environment(folder: Path) -> dict[str, str]:
     found |= {"PYTHONPATH": str(folder), "VIRTUAL_ENV": str(folder / ".venv"), "CUDA_VISIBLE_DEVICES": ""}
     found |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # other tests may compute beside this one
     return found | {"MLFLOW_PORT": str(free_port()), "PET_MASTER_PORT": str(free_port())}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def execute(

@@ -110,7 +110,8 @@ def start(root: Path) -> subprocess.Popen[str]:
     """The command of `make train`, on the share of the images; every step that is a multiple of EARLY is kept."""
     options = ["data.name=mnist", f"data.root={root / 'data'}", f"run.root={root}", "tracking.enabled=false"]
     keep = [f"checkpoint.every={EARLY}", f"checkpoint.keep_every={EARLY}"]
-    argv = [str(ROOT / "launch" / "torchrun.sh"), "--config", str(CONFIG), *options, *keep]
+    # Two threads that wait for each other beside other tests would take six times the processor time.
+    argv = [str(ROOT / "launch" / "torchrun.sh"), "--config", str(CONFIG), *options, *keep, "train.threads=1"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHON"] = sys.executable
     return subprocess.Popen(
