@@ -66,6 +66,11 @@ class LoadedRun:
         """The number of classes that the network was told of; 0 without labels."""
         return int(self.contract["num_classes"]) if self.config.model.class_labels else 0
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of these classes, in the order of their numbers; empty if they have none."""
+        return tuple(self.contract.get("class_names", ())) if self.config.model.class_labels else ()
+
     def denoiser(self, clip: bool, guidance: float = 1.0, interval: Sequence[int] | None = None) -> Denoiser:
         """A denoiser for samplers: (x_t, t) -> Denoised. If the network has labels, its `cond` is still to be given.
 

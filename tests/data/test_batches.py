@@ -58,9 +58,9 @@ class Numbered:
 
 
 def make(
-    shards: range = range(NUM_SHARDS), *, seed: int = 0, images: object = None, flip: bool = False, **changes: int
+    shards: range = range(NUM_SHARDS), *, seed: int = 0, images: object = None, flip: bool = False, **changes: Any
 ) -> StepBatches:
-    given = {"batch_size": BATCH_SIZE, "num_shards": NUM_SHARDS, "num_timesteps": 1000} | changes
+    given: dict[str, Any] = {"batch_size": BATCH_SIZE, "num_shards": NUM_SHARDS, "num_timesteps": 1000} | changes
     timesteps = UniformTimesteps(given.pop("num_timesteps"))
     images = images or Numbered()
     return StepBatches(images, seed=seed, shards=shards, timesteps=timesteps, flip=flip, **given)  # type: ignore[arg-type]

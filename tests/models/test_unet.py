@@ -186,3 +186,39 @@ def test_skips_carry_gradient_to_each_level_when_the_path_below_is_cut() -> None
         assert level.conv1.weight.grad is not None
         assert level.conv1.weight.grad.abs().sum() > 0
     assert model.mid.conv1.weight.grad is None  # the cut is real
+
+
+# Labels
+
+
+def test_labels_add_one_embedding_and_change_no_other_weight() -> None:
+    plain, labelled = network(), network(num_classes=3)
+    weights, more = plain.state_dict(), labelled.state_dict()
+    embedding = more.pop("label_embedding.weight")
+    assert embedding.shape == (4, 32), "three classes and the null label"
+    assert weights.keys() == more.keys()
+    assert all(torch.equal(value, more[name]) for name, value in weights.items())
+
+
+def test_a_label_shifts_the_time_embedding_by_its_row() -> None:
+    labelled, (x, t) = network(num_classes=3), inputs()
+    assert labelled.label_embedding is not None
+    labels = torch.tensor([0, 3, 1, 1])
+    output = labelled(x, t, labels)
+    last = labelled.time_embedding[-1]
+    for index, label in enumerate(labels.tolist()):
+        shifted = network()
+        with torch.no_grad():
+            shifted.time_embedding[-1].bias.add_(labelled.label_embedding.weight[label])
+        assert torch.equal(shifted.time_embedding[-1].weight, last.weight)
+        torch.testing.assert_close(shifted(x, t)[index], output[index])
+
+
+def test_every_weight_gets_a_gradient_from_a_batch_of_one_class() -> None:
+    labelled, (x, t) = network(num_classes=3), inputs()
+    labelled(x, t, torch.full_like(t, 2)).square().mean().backward()
+    assert all(weight.grad is not None for weight in labelled.parameters())
+    assert labelled.label_embedding is not None
+    rows = labelled.label_embedding.weight.grad
+    assert rows is not None
+    assert [bool(row.any()) for row in rows] == [False, False, True, False]

@@ -11,20 +11,23 @@ from ddpm_dist.models.unet import UNet
 from ddpm_dist.randomness import derive_seed, generator
 
 
-def global_batch(images: Tensor, r: Any, step: int) -> list[Tensor]:
-    """x_start, t and noise of a step: those of its logical shards, one after the other."""
+def global_batch(images: Tensor, labels: Tensor, r: Any, step: int) -> list[Tensor]:
+    """x_start, t, noise and labels of a step: those of its logical shards, one after the other."""
     shards, b, epoch_length = [], r.batch_size // r.shards, len(images) // r.batch_size
     for shard in range(r.shards):
         numbers: Any = range(len(images))
         order: Any = DistributedSampler(numbers, r.shards, shard, seed=derive_seed(r.seed, "order"), drop_last=True)
         order.set_epoch(step // epoch_length)
-        x = images[list(order)[step % epoch_length * b :][:b]]
+        indices = list(order)[step % epoch_length * b :][:b]
+        x, classes = images[indices], labels[indices]
+        hidden = torch.rand(b, generator=generator(r.seed, "label dropout", step, shard)) < r.label_dropout
+        classes = torch.tensor([r.classes if hide else int(label) for label, hide in zip(classes, hidden, strict=True)])
         if r.flip:
             mirrored = torch.rand(b, generator=generator(r.seed, "flip", step, shard)) < 0.5
             x = torch.stack([image.flip(-1) if flip else image for image, flip in zip(x, mirrored, strict=True)])
         draw = generator(r.seed, "noise", step, shard)
         t = torch.randint(0, 1000, (b,), generator=draw)
-        shards.append((x.float() / 127.5 - 1, t, torch.randn(x.shape, generator=draw)))
+        shards.append((x.float() / 127.5 - 1, t, torch.randn(x.shape, generator=draw), classes))
     return [torch.cat(parts) for parts in zip(*shards, strict=True)]
 
 
@@ -105,12 +108,13 @@ def term_of_the_bound(
     return torch.where(t == 0, bits[1], bits[0])
 
 
-def train(images: Tensor, r: Any) -> tuple[Any, ...]:
+def train(images: Tensor, labels: Tensor, r: Any) -> tuple[Any, ...]:
     """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
     torch.manual_seed(derive_seed(r.seed, "weights"))
     layout = torch.channels_last if r.channels_last else torch.contiguous_format
     num_parts = 2 if r.variance == "learned" else 1
-    model = UNet(images.shape[1], r.channels, dropout=r.dropout, out_channels=num_parts * images.shape[1])
+    outs = num_parts * images.shape[1]
+    model = UNet(images.shape[1], r.channels, dropout=r.dropout, out_channels=outs, num_classes=r.classes)
     model = model.to(memory_format=layout)
     weights = list(model.parameters())
     averages = {name: [weight.detach().clone() for weight in weights] for name in decays_after(r, 0)}
@@ -123,17 +127,17 @@ def train(images: Tensor, r: Any) -> tuple[Any, ...]:
     groups = r.shards if r.bitwise else r.ranks  # a group adds its micro-batches up in turn, then pairs add their sums
     divisor, late_divisor = (r.shards, 1) if r.bitwise else (r.micro, r.ranks)  # of a loss, and of the sum of gradients
     for step in range(r.steps):
-        pieces = zip(*(whole.chunk(groups * r.micro) for whole in global_batch(images, r, step)), strict=True)
+        pieces = zip(*(whole.chunk(groups * r.micro) for whole in global_batch(images, labels, r, step)), strict=True)
         sums: list[Any] = []
         loss = 0.0
-        for number, (x_start, t, noise) in enumerate(pieces):
+        for number, (x_start, t, noise, classes) in enumerate(pieces):
             group, micro = divmod(number, r.micro)
             whose = (group,) if r.bitwise else (group * r.shards // groups, micro)
             torch.manual_seed(derive_seed(r.seed, "dropout", step, *whose))
             signal, sigma = alphas_cumprod[t].sqrt().float(), (1 - alphas_cumprod[t]).sqrt().float()
             x_t = signal * x_start + sigma * noise
             with torch.autocast("cpu", r.dtype, enabled=r.dtype != torch.float32):
-                output = model(x_t.contiguous(memory_format=layout), t)
+                output = model(x_t.contiguous(memory_format=layout), t, classes if r.classes else None)
             target = {"eps": noise, "x0": x_start, "v": signal * noise - sigma * x_start}[r.prediction]
             said, v = output.float().chunk(2, 1) if num_parts == 2 else (output.float(), output)
             errors = (said - target).square()

@@ -69,6 +69,8 @@ class Recipe:
     ema_decay: float = 0.6
     more_decays: tuple[float, ...] = ()
     widths: tuple[float, ...] = ()
+    classes: int = 0
+    label_dropout: float = 0.1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +85,8 @@ class Recipe:
             f"data.flip={self.flip}",
             f"model.channels={self.channels}",
             f"model.dropout={self.dropout}",
+            f"model.class_labels={bool(self.classes)}",
+            f"model.label_dropout={self.label_dropout}",
             f"diffusion.schedule={self.schedule}",
             f"diffusion.zero_terminal_snr={self.zero_terminal_snr}",
             f"diffusion.prediction={self.prediction}",
@@ -160,6 +164,11 @@ RECIPES: dict[str, Recipe] = {
     "fp16, clipped": Recipe("fp16", first_scale=2.0**22, grad_clip=0.5, channels_last=False, **RANDOM, **COSINE),
     "fp16, growing scale, no fused Adam": Recipe("fp16", fused=False, micro=2, first_scale=2.0**22, growth_interval=3),
     "fp16, bitwise, NaN": Recipe("fp16", bitwise=True, nan_step=9, grad_clip=0.5, growth_interval=4, **RANDOM),
+    "fp32, labels": Recipe(classes=3, micro=2, **RANDOM),
+    "2 ranks, labels, few of them hidden": Recipe(ranks=2, classes=3, label_dropout=0.05, **RANDOM),
+    "2 ranks, bitwise, labels, NaN": Recipe(
+        bitwise=True, ranks=2, classes=3, label_dropout=0.5, nan_step=3, grad_clip=0.5, **RANDOM, **COSINE
+    ),
     "2 ranks": Recipe(ranks=2, nan_step=3, **RANDOM, **COSINE),
     "2 ranks, micro-batches, clipped": Recipe(ranks=2, micro=2, grad_clip=0.5, channels_last=False, **RANDOM),
     "2 ranks, bf16, bitwise": Recipe("bf16", bitwise=True, ranks=2, grad_clip=0.5, **RANDOM),
@@ -167,6 +176,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 QUICK = (
+    "2 ranks, labels, few of them hidden",
     "the defaults",
     "fp32, micro-batches, cosine, clipped",
     "fp32, several averages, NaN",
@@ -182,18 +192,21 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small coloured pictures, so that an epoch ends within the run."""
+    """Small coloured pictures of three classes, so that an epoch ends within the run."""
     path = tmp_path_factory.mktemp("images")
     pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
     for number, image in enumerate(pixels):
-        Image.fromarray(image).save(path / f"{number:03}.png")
+        place = path / "abc"[(number > 10) + (number > 40)]  # a sub-folder for each class
+        place.mkdir(exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:03}.png")
     return path
 
 
-def read_images(folder: Path) -> Tensor:
-    """uint8 [N, 3, SIZE, SIZE]."""
-    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+def read_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 3, SIZE, SIZE] and the labels, int64 [N]."""
+    paths = sorted(folder.glob("*/*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(["abc".index(path.parent.name) for path in paths])
 
 
 def call_train_with(recipe: Recipe, argv: Sequence[str]) -> int:
@@ -225,7 +238,7 @@ def test_the_train_command_learns_what_the_reference_does(tmp_path: Path, folder
     run = train(recipe.ranks, tmp_path, *images, *recipe.arguments, function=rigged)
     state, log = final_state(run), metrics(run)
     torch.set_num_threads(1)  # as the trainer; another test of this process may have asked for more
-    model, averages, adam, scale, expected = train_by_reference(read_images(folder), recipe)
+    model, averages, adam, scale, expected = train_by_reference(*read_images(folder), recipe)
 
     names = [name for name, _ in model.named_parameters()]
     learned = {name: dict(state[name]) for name in ("model", "ema")} | {"adam": state["optimizer"]["state"]}
