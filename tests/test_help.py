@@ -18,6 +18,7 @@ EXIT_CODES = {
     "ddpm_dist.train": {0, 65, 70, 75, 76, 78},
     "ddpm_dist.sample": {0, 65, 70, 75, 76, 78, 130},
     "ddpm_dist.export": {0, 65, 70, 78, 130},
+    "ddpm_dist.evaluate": {0, 65, 70, 78, 130},
     "ddpm_dist.status": {0, 65, 70, 78, 130},
     "ddpm_dist.sync": {0, 65, 70, 78, 130},
     "ddpm_dist.verify": {0, 1, 65, 70, 75, 76, 78, 130},

@@ -1,7 +1,8 @@
-"""The table of data sets: which files each consists of, and who reads them.
+"""The tables of data sets: which files each consists of, and who reads them.
 
 To add one, write a loader and enter it in DATASETS, and add its name to `data.name` in config/schema.py. If it can be
-fetched, its files are named in the table and its source in download.py.
+fetched, its files are named in the table and its source in download.py. If it has test images, which nothing is trained
+on, enter those in HELD_OUT.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ddpm_dist.config import DataConfig
 from ddpm_dist.data.download import download_once
@@ -45,24 +47,8 @@ class DataSet:
     label_files: Callable[[], list[Path]] = list
 
 
-def _idx(data: DataConfig, channels: int | None) -> Images:
-    return ImagesInMemory(read_idx_images(Path(data.root) / IDX_FILES[data.name])[:, None], channels, data.image_size)
-
-
-def _idx_labels(data: DataConfig, images: Images) -> Labels:
-    return read_idx_labels(Path(data.root) / IDX_LABELS[data.name], CLASS_NAMES[data.name])
-
-
-def _cifar10(data: DataConfig, channels: int | None) -> Images:
-    return ImagesInMemory(read_cifar10(Path(data.root)), channels, data.image_size)
-
-
 def _mnist5k(data: DataConfig, channels: int | None) -> Images:
     return ImagesInMemory(read_mnist5k(), channels, data.image_size)
-
-
-def _cifar10_labels(data: DataConfig, images: Images) -> Labels:
-    return read_cifar10_labels(Path(data.root))
 
 
 def _mnist5k_labels(data: DataConfig, images: Images) -> Labels:
@@ -90,42 +76,82 @@ IDX_LABELS = {
 CLASS_NAMES = {"mnist": DIGITS, "fashion-mnist": CLOTHES}
 
 
-def _idx_set(name: str) -> DataSet:
-    return DataSet(_idx, lambda: [IDX_FILES[name]], _idx_labels, lambda: [IDX_LABELS[name]])
+def _idx_set(name: str, part: Literal["train", "t10k"]) -> DataSet:
+    """Args: part: how the names of its files begin."""
+    pixels, numbers = (path.with_name(path.name.replace("train", part)) for path in (IDX_FILES[name], IDX_LABELS[name]))
+
+    def load(data: DataConfig, channels: int | None) -> Images:
+        return ImagesInMemory(read_idx_images(Path(data.root) / pixels)[:, None], channels, data.image_size)
+
+    def labels(data: DataConfig, images: Images) -> Labels:
+        return read_idx_labels(Path(data.root) / numbers, CLASS_NAMES[name])
+
+    return DataSet(load, lambda: [pixels], labels, lambda: [numbers])
+
+
+def _cifar10_set(part: Literal["train", "test"]) -> DataSet:
+    def load(data: DataConfig, channels: int | None) -> Images:
+        return ImagesInMemory(read_cifar10(Path(data.root), part), channels, data.image_size)
+
+    def labels(data: DataConfig, images: Images) -> Labels:
+        return read_cifar10_labels(Path(data.root), part)
+
+    return DataSet(load, cifar10_files, labels)
 
 
 DATASETS = {
-    "mnist": _idx_set("mnist"),
-    "fashion-mnist": _idx_set("fashion-mnist"),
-    "cifar10": DataSet(_cifar10, cifar10_files, _cifar10_labels),
+    "mnist": _idx_set("mnist", "train"),
+    "fashion-mnist": _idx_set("fashion-mnist", "train"),
+    "cifar10": _cifar10_set("train"),
     "mnist5k": DataSet(_mnist5k, labels=_mnist5k_labels),
     "folder": DataSet(_folder, labels=_folder_labels),
 }
+"""The training images, by the name that data.name gives the set."""
+
+HELD_OUT = {
+    "mnist": _idx_set("mnist", "t10k"),
+    "fashion-mnist": _idx_set("fashion-mnist", "t10k"),
+    "cifar10": _cifar10_set("test"),
+}
+"""The test images of the sets that have some."""
 
 
-def missing_files(data: DataConfig, labels: bool = False) -> list[Path]:
+def _line(data: DataConfig, held_out: bool) -> DataSet:
+    """The line of the table. Raises DataError if the test images are asked for and the set has none."""
+    table = HELD_OUT if held_out else DATASETS
+    if data.name not in table:
+        raise DataError(f"data.name={data.name}: has no test images of its own; sets with some: {', '.join(table)}")
+    return table[data.name]
+
+
+def missing_files(data: DataConfig, labels: bool = False, held_out: bool = False) -> list[Path]:
     """The files of the data set that are not in data.root; none of a set that is never fetched.
 
     Args:
         labels: whether those of the labels are wanted too.
+        held_out: whether the test images are meant, not those to train on.
+
+    Raises:
+        DataError: the test images are meant, and the set has none.
     """
-    line = DATASETS[data.name]
+    line = _line(data, held_out)
     files = [*line.files(), *(line.label_files() if labels else [])]
     return [path for file in files if not (path := Path(data.root) / file).exists()]
 
 
-def prepare(data: DataConfig, labels: bool = False) -> None:
+def prepare(data: DataConfig, labels: bool = False, held_out: bool = False) -> None:
     """Fetch the data set if it is not there. For rank 0 alone.
 
     Args:
         labels: whether the labels are wanted too.
+        held_out: whether the test images are meant, not those to train on.
 
     Raises:
-        DataError: it is not there and data.download is false, or it cannot be fetched.
+        DataError: it is not there and data.download is false, or it cannot be fetched; or there is no such set.
     """
     root = Path(data.root)
     with _errors_of_the_file_system(data):
-        missing = missing_files(data, labels)
+        missing = missing_files(data, labels, held_out)
         if missing and not data.download:
             raise DataError(f"{missing[0]}: missing; set data.root to where it is, or data.download=true")
         if missing:
@@ -166,18 +192,20 @@ def load(
     return images
 
 
-def read(data: DataConfig, channels: int | None = None, labels: bool = False) -> Images:
-    """The training images that a section `data` of the config describes, be they enough to train on or not.
+def read(data: DataConfig, channels: int | None = None, labels: bool = False, held_out: bool = False) -> Images:
+    """The images that a section `data` of the config describes, be they enough to train on or not.
 
     Args:
         data: the section.
         channels: 1 or 3 to convert them; None leaves them as they are.
         labels: whether the images come with their labels.
+        held_out: whether the test images are meant, not those to train on.
 
     Raises:
-        DataError: names the file that is missing, truncated or not an image; or the set has no labels.
+        DataError: names the file that is missing, truncated or not an image; or the set has no labels; or no test
+            images, if they are meant.
     """
-    line = DATASETS[data.name]
+    line = _line(data, held_out)
     with _errors_of_the_file_system(data):
         images = line.load(data, channels)
         if not labels:

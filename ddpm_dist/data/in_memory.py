@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -108,26 +108,26 @@ def cifar10_files() -> list[Path]:
     return [CIFAR10_FOLDER / name for name in (*names, CIFAR10.meta["filename"])]
 
 
-def read_cifar10(root: Path) -> npt.NDArray[np.uint8]:
-    """The training images of CIFAR-10.
+def read_cifar10(root: Path, part: Literal["train", "test"] = "train") -> npt.NDArray[np.uint8]:
+    """The images of CIFAR-10 to train on, or its test images.
 
     Returns:
-        uint8 [50000, 3, 32, 32].
+        uint8 [50000, 3, 32, 32], or [10000, 3, 32, 32].
 
     Raises:
         DataError: names the file that is missing or damaged.
     """
-    return np.ascontiguousarray(_cifar10(root).data.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(_cifar10(root, part).data.transpose(0, 3, 1, 2))
 
 
-def read_cifar10_labels(root: Path) -> Labels:
-    """The labels of the training images of CIFAR-10. Raises DataError as `read_cifar10` does."""
-    found = _cifar10(root)
+def read_cifar10_labels(root: Path, part: Literal["train", "test"] = "train") -> Labels:
+    """The labels of these images. Raises DataError as `read_cifar10` does."""
+    found = _cifar10(root, part)
     return Labels(torch.tensor(found.targets), tuple(found.classes))
 
 
-def _cifar10(root: Path) -> CIFAR10:
-    """The training set of CIFAR-10 as torchvision reads it.
+def _cifar10(root: Path, part: Literal["train", "test"]) -> CIFAR10:
+    """One part of CIFAR-10 as torchvision reads it.
 
     Its files are pickles: each must have the published md5 before torchvision unpickles anything in it.
 
@@ -137,7 +137,7 @@ def _cifar10(root: Path) -> CIFAR10:
     from torchvision.datasets import CIFAR10
 
     folder = root / CIFAR10_FOLDER
-    for name, md5 in CIFAR10.train_list:
+    for name, md5 in CIFAR10.train_list if part == "train" else CIFAR10.test_list:
         path = folder / name
         try:
             with open(path, "rb") as file:
@@ -149,7 +149,7 @@ def _cifar10(root: Path) -> CIFAR10:
         if found != md5:
             raise DataError(f"{path}: truncated or damaged; remove {folder} to fetch it again")
     try:
-        return CIFAR10(str(root), train=True, download=False)
+        return CIFAR10(str(root), train=part == "train", download=False)
     except (RuntimeError, OSError) as error:
         raise DataError(f"{folder}: {' '.join(str(error).split())}") from None
 

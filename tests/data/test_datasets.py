@@ -17,7 +17,7 @@ import torchvision.datasets
 from PIL import Image
 
 from ddpm_dist.config import DataConfig
-from ddpm_dist.data.datasets import DATASETS, DataSet, load, prepare
+from ddpm_dist.data.datasets import DATASETS, HELD_OUT, DataSet, load, prepare, read
 from ddpm_dist.data.in_memory import ImagesInMemory, read_idx_images
 from ddpm_dist.errors import DataError
 
@@ -115,6 +115,30 @@ def test_missing_set_is_refused_and_not_fetched_where_download_is_false(tmp_path
         data = DataConfig(name=name, root=str(tmp_path), download=False)
         refused(lambda data=data: prepare(data), tmp_path, "data.download=true")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_test_images_of_mnist_are_others_than_the_training_images(tmp_path: Path, name: Any, folder: str) -> None:
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    pixels = {"train": random_pixels(6, 28, 28), "t10k": random_pixels(3, 28, 28, seed=1)}
+    data = DataConfig(name=name, root=str(tmp_path), download=False)
+    for part, of_part in pixels.items():
+        refused(lambda: prepare(data, held_out=True), raw / "t10k-images-idx3-ubyte")
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx_bytes(of_part))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(len(of_part), dtype=np.uint8), 0x801))
+    for part in pixels:
+        prepare(data, labels=True, held_out=part == "t10k")
+        images = read(data, labels=True, held_out=part == "t10k")
+        np.testing.assert_array_equal(images.fetch(range(len(images)))[:, 0].numpy(), pixels[part])
+        assert images.conditions([2])["labels"].tolist() == [2]
+
+
+def test_a_set_without_test_images_is_refused(tmp_path: Path) -> None:
+    for data in (DataConfig(name="mnist5k"), DataConfig(name="folder", root=str(tmp_path), image_size=8)):
+        for ask in (prepare, read):
+            words = (f"data.name={data.name}: has no test images", "mnist, fashion-mnist, cifar10")
+            refused(lambda ask=ask, data=data: ask(data, held_out=True), *words)
 
 
 # In memory
@@ -303,6 +327,10 @@ def test_cifar10_gives_the_training_pixels_with_channels_first(tmp_path: Path, m
     fetched = images.fetch(range(15))
     assert fetched.dtype == torch.uint8
     np.testing.assert_array_equal(fetched.numpy(), pixels)
+    held_out = read(data, labels=True, held_out=True)
+    expected = random_pixels(3, 3072, seed=1).reshape(3, 3, 32, 32)
+    np.testing.assert_array_equal(held_out.fetch(range(3)).numpy(), expected)
+    assert held_out.conditions([0, 2])["labels"].tolist() == [0, 2]
 
 
 class Malicious:
@@ -360,6 +388,7 @@ def test_fingerprint_of_cifar10_changes_with_a_pixel(tmp_path: Path, monkeypatch
 
 def test_every_name_that_the_config_knows_is_in_the_table() -> None:
     assert set(get_args(get_type_hints(DataConfig)["name"])) == set(DATASETS)
+    assert set(HELD_OUT) <= set(DATASETS)
 
 
 def test_a_new_data_set_is_one_function_and_one_line_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

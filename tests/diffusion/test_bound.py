@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
 
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
+from gaussian_images import LEVELS, GaussianImages, KnowsAll
 from torch import Tensor, nn
 
 from ddpm_dist.diffusion.bound import bound_term, discretized_log_likelihood, normal_kl, prior_term
@@ -18,8 +18,6 @@ from ddpm_dist.diffusion.predictions import PREDICTIONS
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.variance import VARIANCES
-
-LEVELS = np.arange(256) / 127.5 - 1
 
 
 def process_of(schedule: str, num_timesteps: int = 1000) -> GaussianDiffusion:
@@ -214,70 +212,6 @@ def test_hybrid_loss_teaches_the_variance_without_moving_the_mean(weighting: str
 # Gaussian images
 
 
-@dataclass(frozen=True)
-class GaussianImages:
-    """Pixels that are independent and normal, rounded to the 256 levels, and the network that knows all about them.
-
-    Attributes:
-        mean, sigma: before rounding; small enough for 0 and 255 to be as good as impossible.
-    """
-
-    mean: float = 0.05
-    sigma: float = 0.15
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float64 [256]."""
-        edges = [
-            math.erfc(-((2 * level - 1) / 255 - 1 - self.mean) / self.sigma / math.sqrt(2)) for level in range(257)
-        ]
-        return np.diff(np.array(edges) / 2)
-
-    @property
-    def bits(self) -> float:
-        """The exact negative log-likelihood, in bits per dimension."""
-        p = self.probabilities
-        return float(-(p * np.log2(np.maximum(p, 1e-300))).sum())
-
-    def moments(self) -> tuple[float, float]:
-        """Mean and variance of the levels."""
-        mean = float((self.probabilities * LEVELS).sum())
-        return mean, float((self.probabilities * LEVELS**2).sum()) - mean**2
-
-    def posterior(self, alphas_cumprod: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of x_0 given x_t. Float64."""
-        mean, variance = self.moments()
-        noise = (1 - alphas_cumprod) / alphas_cumprod
-        left = 1 / (1 / variance + 1 / noise)
-        return left * (mean / variance + x_t / alphas_cumprod.sqrt() / noise), left
-
-
-class KnowsAll(nn.Module):
-    """Says the mean and the best variance of x_{t-1}, in the words of a prediction and of the learned variance."""
-
-    def __init__(self, images: GaussianImages, schedule: str, prediction: str, learned: bool) -> None:
-        super().__init__()
-        betas = SCHEDULES[schedule](1000, 1e-4, 0.02)
-        self.images, self.prediction, self.learned = images, prediction, learned
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        posterior = betas * (1 - before) / (1 - self.alphas_cumprod)
-        low, high = torch.cat([posterior[1:2], posterior[1:]]).log(), betas.log()
-        weight_of_start = before.sqrt() * betas / (1 - self.alphas_cumprod)
-        _, left = images.posterior(self.alphas_cumprod, torch.zeros(1))
-        best = posterior + weight_of_start**2 * left
-        best[0] -= (2 / 255) ** 2 / 12  # the level's interval adds the variance of its width (Sheppard's correction)
-        self.best, self.v = best, 2 * (best.log() - low) / (high - low) - 1
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        start, _ = self.images.posterior(bar, x.double())
-        eps = (x.double() - bar.sqrt() * start) / (1 - bar).sqrt()
-        said = {"x0": start, "eps": eps, "v": bar.sqrt() * eps - (1 - bar).sqrt() * start}[self.prediction]
-        v = self.v[t].view(-1, 1, 1, 1).expand_as(x)
-        return torch.cat([said, v], dim=1).float() if self.learned else said.float()
-
-
 def expected_terms(loss: VariationalLoss, network: nn.Module, images: GaussianImages) -> tuple[Tensor, float]:
     """The expectation of L_0 .. L_{T-1}, float64 [T], and of L_T, over images and noise, by exact quadrature."""
     mean, variance = images.moments()
@@ -300,7 +234,7 @@ def expected_terms(loss: VariationalLoss, network: nn.Module, images: GaussianIm
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_bound_of_the_best_network_is_the_exact_likelihood(prediction: str, schedule: str) -> None:
     images, process = GaussianImages(), process_of(schedule)
-    network = KnowsAll(images, schedule, prediction, learned=True)
+    network = KnowsAll(images, SCHEDULES[schedule](1000, 1e-4, 0.02), prediction, learned=True)
     loss = VariationalLoss(
         process, PREDICTIONS[prediction](process), contextlib.nullcontext, variance=VARIANCES["learned"](process)
     )
@@ -313,7 +247,7 @@ def test_bound_of_the_best_network_is_the_exact_likelihood(prediction: str, sche
 def test_a_fixed_variance_costs_what_the_closed_form_says(name: str, about: float, schedule: str) -> None:
     """A variance s where r s is best costs (r - 1 - log r) / 2 nats."""
     images, process = GaussianImages(), process_of(schedule)
-    network = KnowsAll(images, schedule, "eps", learned=False)
+    network = KnowsAll(images, SCHEDULES[schedule](1000, 1e-4, 0.02), "eps", learned=False)
     variance = VARIANCES[name](process)
     loss = VariationalLoss(process, PREDICTIONS["eps"](process), contextlib.nullcontext, variance=variance)
     terms, prior = expected_terms(loss, network, images)
