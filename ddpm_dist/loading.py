@@ -71,19 +71,32 @@ class LoadedRun:
         """The names of these classes, in the order of their numbers; empty if they have none."""
         return tuple(self.contract.get("class_names", ())) if self.config.model.class_labels else ()
 
-    def denoiser(self, clip: bool, guidance: float = 1.0, interval: Sequence[int] | None = None) -> Denoiser:
+    def denoiser(
+        self,
+        clip: bool,
+        guidance: float = 1.0,
+        interval: Sequence[int] | None = None,
+        dynamic_threshold: float | None = None,
+    ) -> Denoiser:
         """A denoiser for samplers: (x_t, t) -> Denoised. If the network has labels, its `cond` is still to be given.
 
         Args:
             clip: whether x_start is clipped to [-1, 1] at each step.
             guidance: how far from unconditional images those of a class are; see `Guided`. 1 without labels.
             interval: the first and the last timestep that are guided; None for all timesteps.
+            dynamic_threshold: quantile of dynamic thresholding, which then takes the place of clip.
         """
         network: Network = self.network
         if self.num_classes:
             network = Guided(network, self.num_classes, guidance, interval)
-        variance = build_variance(self.config, self.process)
-        return Denoiser(network, self.process, self.prediction, clip, variance=variance)
+        return Denoiser(
+            network,
+            self.process,
+            self.prediction,
+            clip,
+            variance=build_variance(self.config, self.process),
+            dynamic_threshold=dynamic_threshold,
+        )
 
 
 def weights_of(checkpoint: Checkpoint, name: str, directory: RunDirectory) -> Mapping[str, Tensor]:

@@ -72,7 +72,7 @@ def test_default_grid_is_the_runs_own_last_preview(run: Path, capsys: pytest.Cap
     [
         (["--num", "0"], 78, "--num 0"),
         (["--steps", "21"], 78, "1 to 20"),
-        (["--sampler", "ddpm", "--steps", "3"], 78, "--steps"),
+        (["--sampler", "ddpm", "--eta", "0.5"], 78, "it takes spacing, steps, variance"),
         (["--seed", "-1"], 78, "--seed"),
         (["--step", "77"], 65, "no checkpoint of step 77; there are: "),
         (["--out", "grid.jpg"], 78, "expected grid.png, images.npz or a folder/"),

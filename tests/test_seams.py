@@ -245,7 +245,7 @@ def jump_sample(
     return x_start
 
 
-JUMP = Sampler(jump_sample, num_calls=lambda options, num_timesteps: 1, clip=True)
+JUMP = Sampler(jump_sample, num_calls=lambda options, process: 1, clip=True)
 
 
 @pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], JUMP])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddpm_dist.diffusion.predictions import Prediction
@@ -45,6 +46,9 @@ class Denoiser:
         prediction: how x_0 and ε follow from the network's output.
         clip: whether x_start is clipped to [-1, 1]. eps is then computed from the clipped x_start, so that the two
             still make up x_t. The code of Ho et al. clips at each step; the reference recipe does not.
+        dynamic_threshold: if given, x_start is clipped to [-s, s] and divided by s in place of clip; s is this quantile
+            of the magnitudes of an image, at least 1 (Saharia et al. 2022, section 2.3, arXiv:2205.11487). It keeps
+            strong guidance from making all pixels black or white.
         cond: what the network is conditioned on, each [B, ...].
         variance: of the reverse steps. Only one that the network learns has an effect here.
     """
@@ -55,6 +59,7 @@ class Denoiser:
     clip: bool
     cond: Mapping[str, Tensor] = field(default_factory=dict)
     variance: Variance | None = None
+    dynamic_threshold: float | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Denoised:
         """The x_0 and the ε that the network predicts from x_t.
@@ -70,7 +75,16 @@ class Denoiser:
         if self.variance is not None and self.variance.num_parts == 2:
             output, log_variance = self.variance.split(output, t)
         x_start, eps = self.prediction.to_x_start_and_eps(x_t, t, output)
-        if self.clip:
-            x_start = x_start.clamp(-1, 1)
+        if self.clip or self.dynamic_threshold is not None:
+            x_start = _clipped(x_start, self.dynamic_threshold)
             eps = self.process.predict_eps_from_start(x_t, t, x_start)
         return Denoised(x_start, eps, log_variance)
+
+
+def _clipped(x_start: Tensor, dynamic_threshold: float | None) -> Tensor:
+    """x_start [B, ...] in [-1, 1]; see the attributes of `Denoiser`."""
+    if dynamic_threshold is None:
+        return x_start.clamp(-1, 1)
+    bound = torch.quantile(x_start.abs().flatten(1), dynamic_threshold, dim=1).clamp(min=1)
+    bound = bound.view(-1, *[1] * (x_start.ndim - 1))
+    return x_start.clamp(-bound, bound) / bound

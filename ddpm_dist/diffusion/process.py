@@ -6,6 +6,8 @@ least noisy, the paper's t = 1) to T - 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ class GaussianDiffusion:
 
     Attributes:
         num_timesteps: T.
-        zero_terminal_snr: as given.
+        zero_terminal_snr: whether ᾱ is 0 at T - 1.
+        exact_alphas_cumprod: ᾱ of each timestep in float64, for samplers, whose formulas are of single numbers.
         betas, alphas_cumprod, ...: the tables, each float32 [T]; entry 0 belongs to the least noisy timestep.
 
     Raises:
@@ -37,8 +40,10 @@ class GaussianDiffusion:
         if betas.ndim != 1 or not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas: expected a 1-D tensor inside (0, 1), got shape {tuple(betas.shape)}")
         betas = betas.double()
-        if zero_terminal_snr:
-            betas = rescale_to_zero_terminal_snr(betas)
+        self._make_tables(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas, device)
+
+    def _make_tables(self, betas: Tensor, device: torch.device | str) -> None:
+        """Fill all attributes. betas: float64 [T] in (0, 1]; only the last may be 1, and then ᾱ ends at 0."""
         alphas = 1.0 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
@@ -50,7 +55,8 @@ class GaussianDiffusion:
             return values.float().to(device)
 
         self.num_timesteps = len(betas)
-        self.zero_terminal_snr = zero_terminal_snr
+        self.zero_terminal_snr = bool(alphas_cumprod[-1] == 0)
+        self.exact_alphas_cumprod: list[float] = alphas_cumprod.tolist()
         self.betas = table(betas)
         self.alphas_cumprod = table(alphas_cumprod)
         self.alphas_cumprod_prev = table(alphas_cumprod_prev)
@@ -66,6 +72,25 @@ class GaussianDiffusion:
         # x_{t-1} = (x_t - beta / sqrt(1 - alphas_cumprod) eps) / sqrt(alpha): the two factors of eq. 11.
         self.sqrt_recip_alphas = table(alphas.rsqrt())
         self.eps_coef = table(betas / ((1 - alphas_cumprod).sqrt() * alphas.sqrt()))
+
+    def respaced(self, timesteps: Sequence[int]) -> GaussianDiffusion:
+        """The process that has only these timesteps: β = 1 - ᾱ_t / ᾱ_t' of each and the one t' before it.
+
+        Nichol & Dhariwal 2021, section 4 (arXiv:2102.09672).
+
+        Args:
+            timesteps: in [0, T-1], rising, at least one.
+
+        Returns:
+            a process on the same device; its timestep i is timesteps[i] of this one.
+        """
+        if len(timesteps) == self.num_timesteps:
+            return self
+        alphas_cumprod = torch.tensor([self.exact_alphas_cumprod[t] for t in timesteps], dtype=torch.float64)
+        before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+        process = object.__new__(GaussianDiffusion)
+        process._make_tables(1 - alphas_cumprod / before, self.betas.device)
+        return process
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε  (eq. 4).

@@ -89,7 +89,7 @@ class Drawing:
 
         sampler = request.sampler.sampler()
         run = load_run(request.run, step, device=device)
-        return Drawing(request, run, sampler, request.sampler.options(run.process.num_timesteps), device)
+        return Drawing(request, run, sampler, request.sampler.options(run.process), device)
 
     def block(self, block: int, on_step: Callable[[], None]) -> Tensor:
         """Draw the images of a block, of which each has BLOCK_SIZE.
@@ -103,7 +103,9 @@ class Drawing:
         from ddpm_dist.evaluation.generate import BLOCK_SIZE, generate_block
 
         return generate_block(
-            self.run.denoiser(self.sampler.clip),
+            self.run.denoiser(
+                self.sampler.clips(self.options), dynamic_threshold=self.options.dynamic_threshold
+            ),
             self.run.process,
             self.sampler,
             shape=self.run.image_shape,
@@ -116,7 +118,7 @@ class Drawing:
 
     def num_calls(self) -> int:
         """How often a block calls `on_step`."""
-        return self.sampler.num_calls(self.options, self.run.process.num_timesteps)
+        return self.sampler.num_calls(self.options, self.run.process)
 
     def stamp(self) -> dict[str, Any]:
         """All that the images follow from, as plain JSON."""

@@ -111,12 +111,12 @@ def generate_blocks(
 
 
 def num_model_calls(
-    num: int, sampler: Sampler, options: SamplerOptions, num_timesteps: int, block_size: int = BLOCK_SIZE
+    num: int, sampler: Sampler, options: SamplerOptions, process: GaussianDiffusion, block_size: int = BLOCK_SIZE
 ) -> int:
     """How often `generate_blocks` calls `on_step`, for progress bars.
 
     Args:
         options: what the user chose about the sampler.
-        num_timesteps: T.
+        process: the forward process.
     """
-    return -(-num // block_size) * sampler.num_calls(options, num_timesteps)
+    return -(-num // block_size) * sampler.num_calls(options, process)

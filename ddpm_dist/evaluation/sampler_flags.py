@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ddpm_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ddpm_dist.diffusion.process import GaussianDiffusion
     from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
 
 
@@ -17,47 +19,93 @@ class SamplerChoice:
     """The sampler that a command line asks for.
 
     Attributes:
-        name: a name in SAMPLERS.
-        steps: timesteps to visit; None leaves it to the sampler.
+        name: a name that `find_sampler` knows.
+        steps, spacing, eta, variance, clip, dynamic_threshold: as in `SamplerOptions`; None if the flag is not given.
     """
 
     name: str
-    steps: int | None
+    steps: int | None = None
+    spacing: str | None = None
+    eta: float | None = None
+    variance: str | None = None
+    clip: bool | None = None
+    dynamic_threshold: float | None = None
 
     def sampler(self) -> Sampler:
         """The sampler of this name. Raises ConfigError if there is none, or if it does not take these flags."""
-        from ddpm_dist.diffusion.samplers import SAMPLERS
+        from ddpm_dist.diffusion.samplers import find_sampler
 
-        if self.name not in SAMPLERS:
-            raise ConfigError(f"--sampler {self.name}: expected one of {', '.join(SAMPLERS)}")
-        sampler = SAMPLERS[self.name]
-        if self.steps is not None and "steps" not in sampler.takes:
-            raise ConfigError(
-                f"--steps {self.steps}: --sampler {self.name} visits all timesteps; leave --steps out, or give "
-                "--sampler ddim"
-            )
+        try:
+            sampler = find_sampler(self.name)
+        except ValueError as error:
+            raise ConfigError(spelled("sampler", error)) from None
+        try:
+            sampler.check_taken(self.name, self._options(), spelled)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         return sampler
 
-    def options(self, num_timesteps: int) -> SamplerOptions:
-        """How the sampler is set in a run with `num_timesteps`. Raises ConfigError if that cannot be."""
+    def options(self, process: GaussianDiffusion, learns_variance: bool = False) -> SamplerOptions:
+        """How the sampler is set in a run. Raises ConfigError if that cannot be.
+
+        Args:
+            process: the run's forward process.
+            learns_variance: whether the run's network learns its variance.
+        """
+        try:
+            self.sampler().check(self.name, self._options(), process, spelled, learns_variance)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        return self._options()
+
+    def _options(self) -> SamplerOptions:
         from ddpm_dist.diffusion.samplers import SamplerOptions
 
-        if self.steps is not None and not 1 <= self.steps <= num_timesteps:
-            raise ConfigError(
-                f"--steps {self.steps}: expected 1 to {num_timesteps}, since the run has "
-                f"diffusion.num_timesteps={num_timesteps}"
-            )
-        return SamplerOptions(steps=self.steps)
+        chosen = dataclasses.asdict(self)
+        del chosen["name"]
+        return SamplerOptions(**chosen)
+
+
+def spelled(name: str, value: object) -> str:
+    """A flag as one writes it: --dynamic-threshold 0.995, --no-clip."""
+    if name == "clip":
+        return "--clip" if value else "--no-clip"
+    return f"--{name.replace('_', '-')} {value}"
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Give a command the flags by which a sampler is chosen; `sampler_choice` reads them."""
     parser.add_argument(
-        "--sampler", default="ddim", metavar="NAME", help="ddim, or ddpm, which visits all timesteps [ddim]"
+        "--sampler",
+        default="ddim",
+        metavar="NAME",
+        help="ddim; dpm++ or heun, which need fewer steps; ddpm, which visits all timesteps; or diffusers:CLASS, a "
+        "scheduler of diffusers [ddim]",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="timesteps that ddim visits [50]")
+    parser.add_argument("--steps", type=int, metavar="N", help="timesteps to visit [50; ddpm: all]")
+    parser.add_argument("--spacing", metavar="NAME", help="which ones: even, leading, trailing, quadratic [even]")
+    parser.add_argument("--eta", type=float, metavar="X", help="noise that ddim adds, 0 to 1 [0]")
+    parser.add_argument(
+        "--variance", metavar="NAME", help="noise that ddpm adds: fixed_large, fixed_small, learned [as trained]"
+    )
+    parser.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clip the predicted image to the range of images at each step [all but ddpm do]",
+    )
+    parser.add_argument(
+        "--dynamic-threshold", type=float, metavar="P", help="clip at this quantile of each image instead, like 0.995"
+    )
 
 
 def sampler_choice(args: argparse.Namespace) -> SamplerChoice:
     """What the flags of `add_sampler_flags` say."""
-    return SamplerChoice(name=args.sampler, steps=args.steps)
+    return SamplerChoice(
+        name=args.sampler,
+        steps=args.steps,
+        spacing=args.spacing,
+        eta=args.eta,
+        variance=args.variance,
+        clip=args.clip,
+        dynamic_threshold=args.dynamic_threshold,
+    )

@@ -18,7 +18,7 @@ from eps_samplers import Predict, ddim_sample, ddim_step, ddpm_sample
 from torch import Tensor
 
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import ddim_timesteps
+from ddpm_dist.diffusion.samplers import SamplerOptions
 from ddpm_dist.diffusion.schedules import linear_betas
 
 T, S = 1000, 0.1
@@ -68,6 +68,10 @@ def sample(
     if sampler == "ddpm":
         return ddpm_sample(predict, diffusion, x_T, lambda: torch.zeros_like(x_T), on_step)
     return ddim_sample(predict, diffusion, x_T, diffusion.num_timesteps, on_step=on_step)
+
+
+def ddim_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
+    return SamplerOptions(steps=num_steps).timesteps(num_timesteps)
 
 
 def normal(num: int, seed: int) -> Tensor:

@@ -50,7 +50,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("ddpm_dist", "configs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     found = examples(section("Add a network")) + examples(section("Add a sampler"))
-    assert [is_new for is_new, _, _ in found] == [True, False, False]
+    assert [is_new for is_new, _, _ in found] == [True, False, True, False]
     for is_new, path, code in found:
         file = copy / path
         assert file.exists() != is_new, path
@@ -75,8 +75,8 @@ def test_the_examples_of_the_page_work_by_its_own_commands(checkout: Path) -> No
         done = call(checkout, [*argv, *SHORT] if trains else argv)
         assert done.returncode == 0, f"{shlex.join(argv)}\n{done.stdout}{done.stderr}"
     assert (checkout / "grid.png").exists()
-    assert np.load(checkout / "runs" / "plain" / "noisy.npz")["arr_0"].shape[0] == 16
-    assert (checkout / "runs" / "noisy" / "samples" / "step-00000006.png").exists()
+    assert np.load(checkout / "runs" / "plain" / "renoise.npz")["arr_0"].shape[0] == 16
+    assert (checkout / "runs" / "renoise" / "samples" / "step-00000006.png").exists()
 
 
 def test_a_name_that_is_misspelt_is_refused_with_the_new_one_in_the_list(checkout: Path) -> None:

@@ -19,7 +19,7 @@ from ddpm_dist.diffusion.schedules import linear_betas
 from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
 from ddpm_dist.models.unet import UNet
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = tuple(TABLE)
 T, STEPS, BLOCK = 12, 5, 4
 SHAPE = (1, 8, 8)
 
@@ -84,7 +84,7 @@ def test_ddpm_draws_fresh_noise_at_every_timestep() -> None:
         seen.append(x.clone())
         return torch.zeros_like(x)
 
-    images_of(predict, sampler="ddpm", num=1)
+    images_of(predict, sampler="ddpm", num=1, options=SamplerOptions())
     diffusion = GaussianDiffusion(linear_betas(T))
     drawn = [
         (after - before * diffusion.sqrt_recip_alphas[t]) / diffusion.sqrt_betas[t]
@@ -135,7 +135,9 @@ def test_model_always_sees_whole_blocks() -> None:
 def test_on_step_is_called_as_often_as_progress_bars_are_told(model: UNet, sampler: str, num: int) -> None:
     calls: list[None] = []
     images_of(model, sampler=sampler, num=num, on_step=lambda: calls.append(None))
-    assert len(calls) == num_model_calls(num, TABLE[sampler], SamplerOptions(steps=STEPS), T, BLOCK)
+    assert len(calls) == num_model_calls(
+        num, TABLE[sampler], SamplerOptions(steps=STEPS), GaussianDiffusion(linear_betas(T)), BLOCK
+    )
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
