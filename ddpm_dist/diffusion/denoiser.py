@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.variance import Variance
+from ddpm_dist.diffusion.variance import Variance, variance_weight
 
 Network = Callable[..., Tensor]
 """(x_t float32 [B, ...], t int64 [B], **cond) -> its output [B, ...], in float32 or a half precision type."""
@@ -25,11 +25,14 @@ class Denoised(NamedTuple):
         eps: the noise, float32 [B, ...].
         log_variance: the natural logarithm of the variance of p(x_{t-1} | x_t), float32 [B, ...]; None unless the
             network learns it.
+        variance_weight: where it lies between log β̃_t, at 0, and log β_t, at 1 (Nichol & Dhariwal 2021, eq. 15),
+            float32 [B, ...]. A sampler that visits fewer timesteps takes the variance of its larger steps from there.
     """
 
     x_start: Tensor
     eps: Tensor
     log_variance: Tensor | None = None
+    variance_weight: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, Tensor], Denoised]
@@ -71,14 +74,16 @@ class Denoiser:
         Returns:
             x_start and eps, each float32 [B, ...].
         """
-        output, log_variance = self.network(x_t, t, **self.cond).float(), None
+        output = self.network(x_t, t, **self.cond).float()
+        log_variance = weight = None
         if self.variance is not None and self.variance.num_parts == 2:
+            weight = variance_weight(output)
             output, log_variance = self.variance.split(output, t)
         x_start, eps = self.prediction.to_x_start_and_eps(x_t, t, output)
         if self.clip or self.dynamic_threshold is not None:
             x_start = _clipped(x_start, self.dynamic_threshold)
             eps = self.process.predict_eps_from_start(x_t, t, x_start)
-        return Denoised(x_start, eps, log_variance)
+        return Denoised(x_start, eps, log_variance, weight)
 
 
 def _clipped(x_start: Tensor, dynamic_threshold: float | None) -> Tensor:

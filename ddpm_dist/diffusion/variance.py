@@ -89,8 +89,13 @@ class LearnedVariance:
     def split(self, output: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The first half of the channels; the variance [B, C, ...] that the second half stands for."""
         prediction, v = output.chunk(2, dim=1)
-        weight = (v + 1) / 2
+        weight = variance_weight(output)
         return prediction, weight * per_image(self._high, t, v) + (1 - weight) * per_image(self._low, t, v)
+
+
+def variance_weight(output: Tensor) -> Tensor:
+    """w of `LearnedVariance`: float32 [B, C, ...] from the network's output, float32 [B, 2 C, ...]."""
+    return (output.chunk(2, dim=1)[1] + 1) / 2
 
 
 VARIANCES: dict[str, type[Variance]] = {

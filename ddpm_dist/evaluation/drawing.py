@@ -89,7 +89,7 @@ class Drawing:
 
         sampler = request.sampler.sampler()
         run = load_run(request.run, step, device=device)
-        return Drawing(request, run, sampler, request.sampler.options(run.process), device)
+        return Drawing(request, run, sampler, request.sampler.options(run.process, run.config.diffusion.variance), device)
 
     def block(self, block: int, on_step: Callable[[], None]) -> Tensor:
         """Draw the images of a block, of which each has BLOCK_SIZE.

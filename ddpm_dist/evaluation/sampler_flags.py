@@ -45,18 +45,17 @@ class SamplerChoice:
             raise ConfigError(str(error)) from None
         return sampler
 
-    def options(self, process: GaussianDiffusion, learns_variance: bool = False) -> SamplerOptions:
+    def options(self, process: GaussianDiffusion, trained_variance: str) -> SamplerOptions:
         """How the sampler is set in a run. Raises ConfigError if that cannot be.
 
         Args:
             process: the run's forward process.
-            learns_variance: whether the run's network learns its variance.
+            trained_variance: diffusion.variance of the run.
         """
         try:
-            self.sampler().check(self.name, self._options(), process, spelled, learns_variance)
+            return self.sampler().settle(self.name, self._options(), process, spelled, trained_variance)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        return self._options()
 
     def _options(self) -> SamplerOptions:
         from ddpm_dist.diffusion.samplers import SamplerOptions

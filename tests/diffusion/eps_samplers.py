@@ -55,5 +55,5 @@ def ddim_step(
 ) -> Tensor:
     """From t = step to t' = previous, with the noise that was predicted at t."""
     t = torch.full((len(x_t),), step, dtype=torch.long)
-    x_start, eps, _ = denoiser_of(lambda x, t: eps, diffusion, clip)(x_t, t)
+    x_start, eps = denoiser_of(lambda x, t: eps, diffusion, clip)(x_t, t)[:2]
     return samplers.ddim_step(diffusion, x_start, eps, previous)

@@ -18,6 +18,7 @@ from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions, find_sampler
 from ddpm_dist.diffusion.samplers.spacing import SPACINGS
 from ddpm_dist.diffusion.schedules import linear_betas
+from ddpm_dist.diffusion.variance import VARIANCES
 
 T = 1000
 SHAPE = (2, 1, 4, 4)
@@ -75,6 +76,10 @@ def alphas_cumprod_of(zero_terminal_snr: bool = False) -> Array:
 def assert_close(ours: Tensor, theirs: Tensor | Array) -> None:
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), torch.as_tensor(theirs).double(), rtol=1e-5, atol=1e-5)
+
+
+def spelled(name: str, value: object) -> str:
+    return f"--{name} {value}"
 
 
 # Spacings
@@ -172,6 +177,28 @@ def test_ancestral_sampling_is_that_of_the_process_of_fewer_timesteps(
     options = SamplerOptions(steps=steps, variance=variance)
     theirs = ancestral_in_float64(alphas_cumprod_of(zero_terminal_snr), options.timesteps(T), variance, clip)
     assert_close(draw("ddpm", process, options, clip=clip), theirs)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("steps", [2, 10, T])
+def test_a_learned_variance_lies_between_those_of_the_larger_steps(steps: int, zero_terminal_snr: bool) -> None:
+    process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=zero_terminal_snr)
+    weight = normal(5) * 0.3 + 0.5  # some of it outside of 0 .. 1, as networks say it
+    generator = torch.Generator().manual_seed(9)
+
+    def two_parts(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([network(x, t), 2 * weight - 1], dim=1)
+
+    denoiser = Denoiser(
+        two_parts, process, PREDICTIONS["v"](process), clip=False, variance=VARIANCES["learned"](process)
+    )
+    options = SAMPLERS["ddpm"].settle("ddpm", SamplerOptions(steps=steps), process, spelled, "learned")
+    drawn = SAMPLERS["ddpm"].sample(
+        denoiser, process, normal(1), lambda: torch.randn(SHAPE, generator=generator), options, lambda: None
+    )
+    alphas_cumprod, visited = alphas_cumprod_of(zero_terminal_snr), options.timesteps(T)
+    theirs = ancestral_in_float64(alphas_cumprod, visited, "learned", False, weight.double().numpy())
+    assert_close(drawn, theirs)
 
 
 # DPM-Solver++ and Heun
@@ -330,19 +357,14 @@ def test_dynamic_thresholding_is_that_of_diffusers() -> None:
     scheduler = DDIMScheduler(T, thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
     denoiser = Denoiser(lambda x, t: x_start, process, PREDICTIONS["x0"](process), clip=False, dynamic_threshold=0.9)
     x_t = normal(4)
-    found, eps, log_variance = denoiser(x_t, t)
+    found, eps = denoiser(x_t, t)[:2]
     assert_close(found, scheduler._threshold_sample(x_start))
     assert torch.equal(found[0], x_start[0])
     assert float(found[1].abs().max()) == 1
     torch.testing.assert_close(process.q_sample(found, t, eps), x_t)
-    assert log_variance is None
 
 
 # What a user may choose
-
-
-def spelled(name: str, value: object) -> str:
-    return f"--{name} {value}"
 
 
 @pytest.mark.parametrize(
@@ -371,16 +393,16 @@ def spelled(name: str, value: object) -> str:
 def test_what_does_not_fit_is_refused_with_what_would(sampler: str, options: SamplerOptions, message: str) -> None:
     process = GaussianDiffusion(linear_betas(T))
     with pytest.raises(ValueError, match=f"^{message}"):
-        SAMPLERS[sampler].check(sampler, options, process, spelled)
-    SAMPLERS["ddpm"].check("ddpm", SamplerOptions(variance="learned"), process, spelled, learns_variance=True)
+        SAMPLERS[sampler].settle(sampler, options, process, spelled)
+    SAMPLERS["ddpm"].settle("ddpm", SamplerOptions(variance="learned"), process, spelled, "learned")
 
 
 def test_spacings_that_begin_below_the_last_timestep_are_refused_with_zero_terminal_snr() -> None:
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=True)
     for spacing in ("leading", "quadratic"):
         with pytest.raises(ValueError, match=f"--spacing {spacing}: .*valid: even, trailing"):
-            SAMPLERS["ddim"].check("ddim", SamplerOptions(spacing=spacing), process, spelled)
-    SAMPLERS["ddim"].check("ddim", SamplerOptions(spacing="trailing"), process, spelled)
+            SAMPLERS["ddim"].settle("ddim", SamplerOptions(spacing=spacing), process, spelled)
+    SAMPLERS["ddim"].settle("ddim", SamplerOptions(spacing="trailing"), process, spelled)
 
 
 def test_learned_variance_of_a_network_without_it_is_refused_by_the_sampler_too() -> None:

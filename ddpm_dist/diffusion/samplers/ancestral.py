@@ -38,11 +38,12 @@ def ddpm_sample(
     options = replace(options, steps=ddpm_calls(options, process))
     timesteps = options.timesteps(process.num_timesteps)
     spaced = process.respaced(timesteps[::-1])
+    respaced = spaced is not process
     for index, step in zip(reversed(range(len(timesteps))), timesteps, strict=True):
         denoised = denoiser(x, torch.full((len(x),), step, dtype=torch.long, device=x.device))
-        x = _mean(spaced, x, index, denoised, respaced=spaced is not process)
+        x = _mean(spaced, x, index, denoised, respaced=respaced)
         if index > 0:
-            x = x + _deviation(spaced, index, denoised, options.variance) * draw_noise()
+            x = x + _deviation(spaced, index, denoised, options.variance, respaced=respaced) * draw_noise()
         on_step()
     return x.clamp(-1, 1)
 
@@ -61,12 +62,17 @@ def _mean(process: GaussianDiffusion, x: Tensor, step: int, denoised: Denoised, 
     return process.p_mean(x, t, denoised.eps)
 
 
-def _deviation(process: GaussianDiffusion, step: int, denoised: Denoised, variance: str | None) -> Tensor:
+def _deviation(
+    process: GaussianDiffusion, step: int, denoised: Denoised, variance: str | None, *, respaced: bool
+) -> Tensor:
     """The standard deviation of p(x_{t-1} | x_t), step > 0: float32, a scalar or [B, ...]."""
     if variance == "fixed_large" or (variance is None and denoised.log_variance is None):
         return process.sqrt_betas[step]
     if variance == "fixed_small":
         return process.posterior_variance[step].sqrt()
-    if denoised.log_variance is None:
+    if not respaced and denoised.log_variance is not None:
+        return torch.exp(0.5 * denoised.log_variance)
+    if denoised.variance_weight is None:
         raise ValueError("variance=learned: the network does not learn its variance")
-    return torch.exp(0.5 * denoised.log_variance)
+    low, high = process.posterior_log_variance_clipped[step], process.log_betas[step]
+    return torch.exp(0.5 * (denoised.variance_weight * high + (1 - denoised.variance_weight) * low))

@@ -37,7 +37,7 @@ def ddim_sample(
     timesteps = options.timesteps(process.num_timesteps)
     for step, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
-        x_start, eps, _ = denoiser(x, t)
+        x_start, eps = denoiser(x, t)[:2]
         if options.eta and previous >= 0:
             x = _noisy_step(process, x_start, eps, step, previous, options.eta, draw_noise())
         else:

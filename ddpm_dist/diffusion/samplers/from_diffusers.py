@@ -72,7 +72,7 @@ class _Sample:
         for timestep in scheduler.timesteps:
             x_t = scheduler.scale_model_input(x, timestep)
             t = torch.full((len(x),), int(timestep), dtype=torch.long, device=x.device)
-            x_start, eps, _ = denoiser(x_t, t)
+            x_start, eps = denoiser(x_t, t)[:2]
             on_step()
             # All of these schedulers know v, and it loses no digits where x_0 or ε would.
             x = scheduler.step(process.predict_v(x_start, t, eps), timestep, x, **arguments)[0]

@@ -39,7 +39,7 @@ def heun_sample(
     """
 
     def denoised(x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        x_start, eps, _ = denoiser(x, torch.full((len(x),), step, dtype=torch.long, device=x.device))
+        x_start, eps = denoiser(x, torch.full((len(x),), step, dtype=torch.long, device=x.device))[:2]
         on_step()
         return x_start, eps
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -115,7 +115,7 @@ class Sampler:
         return self.clip if options.clip is None else options.clip
 
     def check_taken(self, name: str, options: SamplerOptions, spelled: Spelled) -> None:
-        """Check that this sampler has a use for the options that were given. Raises ValueError; see `check`."""
+        """Check that this sampler has a use for the options that were given. Raises ValueError; see `settle`."""
         for option in ("steps", "spacing", "eta", "variance"):
             value = getattr(options, option)
             if value is not None and option not in self.takes:
@@ -124,22 +124,25 @@ class Sampler:
                     f"{spelled(option, value)}: {spelled('sampler', name)} has no use for it; it takes {used}"
                 )
 
-    def check(
+    def settle(
         self,
         name: str,
         options: SamplerOptions,
         process: GaussianDiffusion,
         spelled: Spelled,
-        learns_variance: bool = False,
-    ) -> None:
-        """Check what a user chose.
+        trained_variance: str | None = None,
+    ) -> SamplerOptions:
+        """Check what a user chose, and take the variance that was trained with where none was chosen.
 
         Args:
             name: of this sampler, as the user gave it.
             options: as the user gave them; None for those that were not given.
             process: the forward process.
             spelled: (name, value) -> an option as the user wrote it, like "--eta 0.5".
-            learns_variance: whether the network learns its variance.
+            trained_variance: the variance of the reverse steps that the network was trained with.
+
+        Returns:
+            the options to draw with.
 
         Raises:
             ValueError: an option is out of bounds, unknown, or of no use here; the message begins with the option as
@@ -147,7 +150,7 @@ class Sampler:
         """
         self.check_taken(name, options, spelled)
         _check_values(options, process.num_timesteps, spelled)
-        if options.variance == "learned" and not learns_variance:
+        if options.variance == "learned" and trained_variance != "learned":
             raise ValueError(
                 f"{spelled('variance', 'learned')}: the network does not learn its variance; valid: fixed_large, "
                 "fixed_small"
@@ -161,6 +164,9 @@ class Sampler:
             self.num_calls(options, process)  # what a scheduler of diffusers cannot do shows here
         except ValueError as error:
             raise ValueError(spelled("sampler", error)) from None
+        if "variance" in self.takes and options.variance is None and trained_variance in VARIANCES:
+            return replace(options, variance=trained_variance)
+        return options
 
 
 def _check_values(options: SamplerOptions, num_timesteps: int, spelled: Spelled) -> None:
