@@ -89,7 +89,9 @@ class Drawing:
 
         sampler = request.sampler.sampler()
         run = load_run(request.run, step, device=device)
-        return Drawing(request, run, sampler, request.sampler.options(run.process, run.config.diffusion.variance), device)
+        return Drawing(
+            request, run, sampler, request.sampler.options(run.process, run.config.diffusion.variance), device
+        )
 
     def block(self, block: int, on_step: Callable[[], None]) -> Tensor:
         """Draw the images of a block, of which each has BLOCK_SIZE.
@@ -103,9 +105,7 @@ class Drawing:
         from ddpm_dist.evaluation.generate import BLOCK_SIZE, generate_block
 
         return generate_block(
-            self.run.denoiser(
-                self.sampler.clips(self.options), dynamic_threshold=self.options.dynamic_threshold
-            ),
+            self.run.denoiser(self.sampler.clips(self.options), dynamic_threshold=self.options.dynamic_threshold),
             self.run.process,
             self.sampler,
             shape=self.run.image_shape,
