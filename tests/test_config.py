@@ -131,6 +131,8 @@ TIED = {
     "optim.schedule",
     "optim.weight_decay",
     "ema.widths",
+    "init.run",
+    "init.weights",
     "preview.steps",
     "preview.weights",
     "preview.guidance",

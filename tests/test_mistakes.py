@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from harness import Job, call_unread, snapshot, wait_for_step
 from PIL import Image
 
@@ -206,6 +208,8 @@ def make_checkout(here: Path) -> None:
     write(here / "broken" / "05.png", PAGE)
     code, said = run_forked("python -m ddpm_dist.train --config tiny.yaml", here)
     assert code == 0, said
+    for name, state in (("wide", {"out_conv.weight": torch.zeros(1, 16, 3, 3)}), ("other", {"head": torch.zeros(2)})):
+        safetensors.torch.save_file(state, here / f"{name}.safetensors")
     young = here / "runs" / "young"  # its only attempt failed before its first checkpoint
     shutil.copytree(here / "runs" / "tiny", young)
     for path in (young / "status.json", young / "metrics.jsonl", *(young / "checkpoints").iterdir()):

@@ -46,6 +46,7 @@ def check_together(config: Config) -> None:
     _check_diffusion(config)
     _check_averages(config)
     _check_labels(config)
+    _check_init(config)
     if config.optim.name == "adam" and config.optim.weight_decay:
         # torch's Adam would add it to the gradient and then divide it by the gradient's size (arXiv:1711.05101).
         raise ConfigError(
@@ -138,6 +139,15 @@ def _check_labels(config: Config) -> None:
         raise ConfigError(
             f"preview.guidance={guidance}: must be 1 with model.label_dropout=0, since the network never learns what "
             "an image of no class in particular is; set model.label_dropout=0.1"
+        )
+
+
+def _check_init(config: Config) -> None:
+    """Check that a new run starts from one thing."""
+    if config.init.weights is not None and config.init.run is not None:
+        raise ConfigError(
+            f"init.weights={config.init.weights}: not together with init.run={config.init.run}, which brings weights; "
+            "give one of them"
         )
 
 

@@ -141,6 +141,17 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from, in place of random weights. A resume does not read it again."""
+
+    weights: str | None = key(
+        None, "start from these weights: RUN_DIR, RUN_DIR@STEP, FILE.safetensors, or a folder of diffusers"
+    )
+    average: str = key("ema", "which weights of that RUN_DIR: ema, model, or another average that it keeps")
+    run: str | None = key(None, "branch this run, RUN_DIR or RUN_DIR@STEP: go on at its step under this config")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long to train, and how this machine computes."""
 
@@ -244,6 +255,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -20,7 +20,7 @@ from ddpm_dist.errors import ConfigError
 Given = str | tuple[str, ...]
 """A value as the user wrote it: a text, or the texts of a list."""
 
-PATHS = ("run.root", "data.root")  # keys in whose values `~` stands for the home folder
+PATHS = ("run.root", "data.root", "init.weights", "init.run")  # keys in whose values `~` stands for the home folder
 _BOOLEANS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 _NULLS = ("null", "none", "~", "")
 _LISTS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from ddpm_dist.config import Config, to_flat
 
-PLACES = ("run.root", "data.root", "tracking.uri", "tracking.experiment")
+PLACES = ("run.root", "data.root", "tracking.uri", "tracking.experiment", "init.weights", "init.run")
 """Keys that name folders and servers of those who trained. An address may hold a password."""
 
 

@@ -96,9 +96,14 @@ class Attempt:
         """
         self._lease.check()
 
-    def start_from(self, saved_step: int | None) -> None:
-        """Record the step of the checkpoint that this attempt goes on from; None if it starts at step 0."""
-        self.saved_step, self.step = saved_step, saved_step or 0
+    def start_from(self, saved_step: int | None, first_step: int = 0) -> None:
+        """Record where this attempt starts.
+
+        Args:
+            saved_step: the step of the checkpoint that it goes on from; None if the run has none.
+            first_step: the step at which the run begins, if it has no checkpoint.
+        """
+        self.saved_step, self.step = saved_step, first_step if saved_step is None else saved_step
         self._lease.note(start_step=self.step, step=self.step)
 
     def begin(self, config: Config) -> None:

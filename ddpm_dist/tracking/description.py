@@ -6,6 +6,7 @@ All of it comes from small files of the run directory and from git; no image is 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -13,6 +14,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ddpm_dist
 from ddpm_dist.config import Config
@@ -113,22 +115,43 @@ def describe(config: Config, directory: RunDirectory, origin: dict[str, str]) ->
         f"* What happened to it: `python -m ddpm_dist.status {place}`",
         f"* Resume: the same command again, or with one process: `{resume}`",
     ]
+    if config.init.run is not None:
+        lines.append(f"* A branch of: `{config.init.run}`")
+    if config.init.weights is not None:
+        lines.append(f"* Started from the weights: `{config.init.weights}`")
     if commit := origin.get("commit"):
         modified = ", with changes that were not committed" if commit.endswith(MODIFIED) else ""
         lines.append(f"* Code: commit `{commit.removesuffix(MODIFIED)}`{modified}")
     return "\n".join(lines)
 
 
-def dataset_of(config: Config, directory: RunDirectory, origin: dict[str, str]) -> Dataset | None:
-    """The images, as the newest readable checkpoint manifest knows them; None before the first checkpoint."""
+def _newest_contract(directory: RunDirectory) -> dict[str, Any] | None:
+    """The contract in the newest readable checkpoint manifest; None before the first checkpoint."""
     for manifest in sorted(directory.checkpoints.glob("step-*.json"), reverse=True):
         contract = (read_json(manifest) or {}).get("contract")
         if isinstance(contract, dict) and {"images", "num_images", "image_shape"} <= set(contract):
-            number, shape = int(contract["num_images"]), [int(size) for size in contract["image_shape"]]
-            return Dataset(
-                name=config.data.name,
-                digest=str(contract["images"]),
-                source=str(Path(origin.get("working_directory", ""), config.data.root)),
-                profile={"num_rows": number, "image_shape": shape, "num_elements": number * math.prod(shape)},
-            )
+            return contract
     return None
+
+
+def lineage_of(directory: RunDirectory) -> dict[str, str]:
+    """A tag that says what the run started from, as its contract does: source, step and hash; oldest first.
+
+    Empty for random weights, and before the first checkpoint.
+    """
+    lineage = (_newest_contract(directory) or {}).get("lineage")
+    return {"ddpm_dist.lineage": json.dumps(lineage)} if lineage else {}
+
+
+def dataset_of(config: Config, directory: RunDirectory, origin: dict[str, str]) -> Dataset | None:
+    """The images, as the newest readable checkpoint manifest knows them; None before the first checkpoint."""
+    contract = _newest_contract(directory)
+    if contract is None:
+        return None
+    number, shape = int(contract["num_images"]), [int(size) for size in contract["image_shape"]]
+    return Dataset(
+        name=config.data.name,
+        digest=str(contract["images"]),
+        source=str(Path(origin.get("working_directory", ""), config.data.root)),
+        profile={"num_rows": number, "image_shape": shape, "num_elements": number * math.prod(shape)},
+    )

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from ddpm_dist.config import Config, to_flat
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.tracking.address import address_of, choose_uri, without_password
-from ddpm_dist.tracking.description import dataset_of, tags_of
+from ddpm_dist.tracking.description import dataset_of, lineage_of, tags_of
 from ddpm_dist.tracking.destination import Destination, Point, http_status
 from ddpm_dist.tracking.journal import read_lines
 from ddpm_dist.tracking.shipped import Shipped
@@ -158,6 +158,7 @@ class Shipper:
             dataset = dataset_of(self._config, self._directory, self._shipped.origin)
             if dataset is not None:
                 destination.log_dataset(run_id, dataset)  # MLflow stores one that it has already once
+                destination.set_tags(run_id, lineage_of(self._directory))
                 self._shipped.dataset = dataset.digest
                 self._note()
 

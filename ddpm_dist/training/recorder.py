@@ -181,7 +181,7 @@ def rank_zero_recorder(
     progress.say(_what_was_chosen(config, attempt))
     for change in point.changed:
         progress.say(f"changed: {change}")
-    begun = f"resumes at step {point.step}" if point.step else "starts at step 0"
+    begun = f"{'resumes' if point.step and point.origin is None else 'starts'} at step {point.step}"
     progress.say(
         f"{attempt.directory.path}: attempt {attempt.number} {begun} of {attempt.target}, "
         f"{ranks.world_size} rank(s) on {ranks.device.type}, {torch.get_num_threads()} thread(s) each"

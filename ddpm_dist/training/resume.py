@@ -22,6 +22,7 @@ from ddpm_dist.run.snapshots import SnapshotStore
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.address import choose_uri, refuse_password
 from ddpm_dist.training.contract import LATER_TERMS, new_contract
+from ddpm_dist.training.origin import Origin, find_origin, read_parent
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ResumePoint:
         finished: whether there is nothing left to do.
         step: the step of the checkpoint to go on from; 0 for a new run.
         sha256: hash of that checkpoint; None for a new run.
+        origin: what a new run starts from, as `Origin` has it; None for random weights, and for a resume.
         changed: how the config differs from that of the attempt before, as `key: old -> new`.
         config: rank 0's config, as {dotted key: value}.
     """
@@ -41,6 +43,11 @@ class ResumePoint:
     sha256: str | None = None
     changed: list[str] = dataclasses.field(default_factory=list)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origin: dict[str, Any] | None = None
+
+    def starts_from(self) -> Origin | None:
+        """What a new run starts from; None for random weights, and for a resume."""
+        return None if self.origin is None else Origin(**self.origin)
 
 
 def find_resume_point(
@@ -144,8 +151,14 @@ def _look_for_checkpoint(
     store.sweep()
     SnapshotStore(directory.ema_snapshots).sweep()
     directory.sweep()
-    attempt.start_from(step if found else None)
-    return dataclasses.replace(point, step=step, sha256=found.sha256 if found else None)
+    if found is None:
+        origin, parent = find_origin(config)
+        read.extend(parent)
+        first_step = origin.first_step if origin else 0
+        attempt.start_from(None, first_step)
+        return dataclasses.replace(point, step=first_step, origin=dataclasses.asdict(origin) if origin else None)
+    attempt.start_from(step)
+    return dataclasses.replace(point, step=step, sha256=found.sha256)
 
 
 def _load_the_same(config: Config, store: CheckpointStore, point: ResumePoint, read: list[Checkpoint]) -> None:
@@ -160,22 +173,33 @@ def _load_the_same(config: Config, store: CheckpointStore, point: ResumePoint, r
         raise ConfigError(f"not all ranks were given the same config: {'; '.join(refused + free)}")
     if point.sha256 is not None:
         read.append(store.load(point.step, point.sha256))
+    elif origin := point.starts_from():
+        read.extend(read_parent(origin))
 
 
 def settle_contract(
-    config: Config, images: Images, target: int, old: Mapping[str, Any] | None, device: torch.device
+    config: Config,
+    images: Images,
+    target: int,
+    old: Mapping[str, Any] | None,
+    origin: Origin | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The contract of the run, as plain JSON. Rank 0 alone decides it, since machines may differ.
 
     Args:
         target: the step at which the run is finished.
-        old: the contract in the checkpoint that this attempt goes on from; None for a new run.
+        old: the contract in the checkpoint that this attempt goes on from, or that is branched; None if there is none.
+        origin: what a new run starts from; None for random weights, and for a resume.
         device: the device of rank 0.
 
     Raises:
         ConfigError: this attempt would change where the cosine ends.
     """
     decay_steps = cosine_end(config.optim, target)
+    if origin is not None:
+        before = {"deviations": old["deviations"]} if old and "deviations" in old else {}
+        return {**new_contract(config, images, decay_steps, device), **before, "lineage": origin.terms()}
     if old is None:
         return new_contract(config, images, decay_steps, device)
     if old["decay_steps"] != decay_steps:

@@ -33,8 +33,10 @@ from ddpm_dist.training.clock import Clock
 from ddpm_dist.training.contract import check_images, hold_to_contract, numerics_of
 from ddpm_dist.training.ending import conclude, name_of
 from ddpm_dist.training.loop import Loop
+from ddpm_dist.training.origin import Origin
 from ddpm_dist.training.recorder import Recorder, SilentRecorder, rank_zero_recorder
 from ddpm_dist.training.resume import find_resume_point, settle_contract
+from ddpm_dist.training.start import Start, adopt_snapshots, how_to_start
 from ddpm_dist.training.step import Trainer
 from ddpm_dist.training.tasks import TASKS, Save, TaskContext
 
@@ -106,12 +108,15 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
         return Ending(ExitCode.FINISHED)
     images = _load_images(config, ranks, saved)
     attempt.target = config.target(len(images))
-    contract = _contract(config, ranks, images, attempt.target, saved)
+    contract = _contract(config, ranks, images, attempt.target, point.starts_from(), saved)
+    start = ranks.all_succeed(lambda: how_to_start(point.starts_from(), saved, config, images, attempt.target))
     if not ranks.is_zero:
-        return Ending(_build_and_fit(config, ranks, attempt, images, contract, saved, SilentRecorder()))
+        return Ending(_build_and_fit(config, ranks, attempt, images, contract, start, SilentRecorder()))
     attempt.begin(config)
     with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
-        code = _build_and_fit(config, ranks, attempt, images, contract, saved, recorder)
+        for line in start.lines:
+            recorder.say(line)
+        code = _build_and_fit(config, ranks, attempt, images, contract, start, recorder)
         conclude(code, stop, attempt, recorder)
     return Ending(code, recorder.deliver)
 
@@ -125,11 +130,13 @@ def _load_images(config: Config, ranks: Ranks, saved: list[Checkpoint]) -> Image
     return ranks.all_succeed(lambda: datasets.load(config.data, shape, divisor=divisor, labels=labels))
 
 
-def _contract(config: Config, ranks: Ranks, images: Images, target: int, saved: list[Checkpoint]) -> dict[str, Any]:
+def _contract(
+    config: Config, ranks: Ranks, images: Images, target: int, origin: Origin | None, saved: list[Checkpoint]
+) -> dict[str, Any]:
     """The contract, the same on every rank, after a check that the images are those of the run. Collective."""
     old = saved[0].contract if saved else None
     contract: dict[str, Any] = ranks.on_rank_zero(
-        lambda should_stop: settle_contract(config, images, target, old, ranks.device)
+        lambda should_stop: settle_contract(config, images, target, old, origin, ranks.device)
     )
     ranks.all_succeed(lambda: check_images(images, contract, config.data.root))
     return contract
@@ -141,15 +148,15 @@ def _build_and_fit(
     attempt: Attempt,
     images: Images,
     contract: dict[str, Any],
-    saved: list[Checkpoint],
+    start: Start,
     recorder: Recorder,
 ) -> ExitCode:
     """Build the trainer, and train until the target or a stop signal. Collective.
 
     The recorder is open already, so that MLflow learns of an attempt that fails while the trainer is built.
     """
-    trainer = _build(config, ranks, images, contract, saved, recorder)
-    return _fit(config, attempt, trainer, images, contract, recorder)
+    trainer = _build(config, ranks, images, contract, start, recorder)
+    return _fit(config, attempt, trainer, images, contract, start, recorder)
 
 
 def _build(
@@ -157,30 +164,32 @@ def _build(
     ranks: Ranks,
     images: Images,
     contract: dict[str, Any],
-    saved: list[Checkpoint],
+    start: Start,
     recorder: Recorder,
 ) -> Trainer:
-    """A trainer at the step where the run stands, after this machine was held against the contract. Collective.
-
-    The checkpoint is taken out of `saved`, so that its memory is free afterwards.
-    """
+    """A trainer at the step where the run stands, after this machine was held against the contract. Collective."""
     numerics = numerics_of(contract)
     ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, saved[0].model if saved else None))
     trainer = build_trainer(config, ranks, numerics, images.shape, images.num_classes, contract["decay_steps"])
     rounds_like = ""
     if trainer.reduction.repeats_on(ranks.device):
         rounds_like = canary(trainer, images, config.run.seed, config.diffusion.num_timesteps)
-    warning = hold_to_contract(contract, rounds_like, ranks, config, saved[0].step if saved else 0)
+    warning = hold_to_contract(contract, rounds_like, ranks, config, start.step)
     if warning:
         recorder.say(warning)
     trainer.warm_up(images)
-    if saved:
-        trainer.load(saved.pop())
+    start.load(trainer)
     return trainer
 
 
 def _fit(
-    config: Config, attempt: Attempt, trainer: Trainer, images: Images, contract: dict[str, Any], recorder: Recorder
+    config: Config,
+    attempt: Attempt,
+    trainer: Trainer,
+    images: Images,
+    contract: dict[str, Any],
+    start: Start,
+    recorder: Recorder,
 ) -> ExitCode:
     """Train until the target or a stop signal. Collective."""
     ranks = trainer.ranks
@@ -194,7 +203,11 @@ def _fit(
     # Closing ends the loader's worker processes. If they lived on, the exit of this process would wait for them.
     with contextlib.closing(coming):
         parts = (trainer.placement.micro_batches(batch, trainer.reduction.num_micro_batches) for batch in coming)
-        finished = Loop(trainer, parts, attempt, recorder, [make(context) for make in TASKS], Save(context)).fit()
+        save = Save(context)
+        if (origin := start.origin) is not None:
+            ranks.on_rank_zero(lambda should_stop: adopt_snapshots(origin, attempt))
+            save.run_and_wait()  # from here on, a resume does not need what the run started from
+        finished = Loop(trainer, parts, attempt, recorder, [make(context) for make in TASKS], save).fit()
     return ExitCode.FINISHED if finished else ExitCode.PREEMPTED
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_dist.data.batches import Inputs, Placement, blank
 from ddpm_dist.data.images import Images
@@ -120,6 +120,16 @@ class Trainer:
             contract=dict(contract),
             averages={name: average.state_dict() for name, average in self.averages.items() if name != "ema"},
         )
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with these weights in place of the random ones, and every average with them.
+
+        Args:
+            weights: by the names of the model's state_dict. Others are left out, and what is not there stays random.
+        """
+        self.model.load_state_dict(weights, strict=False)
+        for average in self.averages.values():
+            average.load_state_dict(self.model.state_dict())
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over step and state of a checkpoint. It may have been saved on another number of ranks."""

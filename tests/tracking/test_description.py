@@ -113,6 +113,12 @@ def test_description_says_where_the_run_lies_and_how_to_go_on(tmp_path: Path) ->
     assert "commit" not in little
 
 
+def test_description_says_what_the_run_started_from(tmp_path: Path) -> None:
+    for key, words in (("init.run", "A branch of: `runs/a@8`"), ("init.weights", "the weights: `runs/a@8`")):
+        directory = make_run(tmp_path, key, f"{key}=runs/a@8")
+        assert words in describe(directory.read_config(), directory, {})
+
+
 def write_manifest(directory: RunDirectory, step: int, content: str) -> None:
     (directory.checkpoints / f"step-{step:08d}.json").write_text(content)
 
@@ -151,6 +157,15 @@ def client_of(root: Path) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+
+@pytest.mark.slow
+def test_lineage_is_a_tag_with_source_step_and_hash(root: Path) -> None:
+    lineage = [{"key": "init.run", "source": "a", "step": 8, "sha256": "d" * 64}]
+    directory = make_run(root, "branch")
+    write_manifest(directory, 20, json.dumps({"contract": {**CONTRACT, "lineage": lineage}}))
+    Shipper(directory).ship("finished")
+    assert json.loads(shipped_run(directory).data.tags["ddpm_dist.lineage"]) == lineage
 
 
 @pytest.mark.slow
