@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.config import Config, named_parts, width_of
+from ddpm_dist.config import Config, averages_of, named_parts, width_of
 from ddpm_dist.data.batches import StepBatches, blank
 from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
@@ -202,7 +202,8 @@ def build_averages(config: Config, model: nn.Module) -> dict[str, Average]:
     Previews and samples are drawn from `ema`, unless another one is asked for.
     """
     return {
-        name: (EMA if width_of(name) is None else PowerEMA)(model, number) for name, number in config.averages().items()
+        name: (EMA if width_of(name) is None else PowerEMA)(model, number)
+        for name, number in averages_of(config).items()
     }
 
 

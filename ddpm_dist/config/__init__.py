@@ -3,11 +3,11 @@
 Nothing here imports torch, so that a mistake is refused at once, without the seconds that torch takes to load.
 """
 
+from ddpm_dist.config.averages import POWER, averages_of, width_of
 from ddpm_dist.config.checks import check_world_size, cosine_end
 from ddpm_dist.config.flat import from_flat, keys, named_parts, to_flat
 from ddpm_dist.config.reading import load_config, nearest_key
 from ddpm_dist.config.schema import (
-    POWER,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -15,7 +15,6 @@ from ddpm_dist.config.schema import (
     OptimConfig,
     TrainConfig,
     loader_workers,
-    width_of,
 )
 from ddpm_dist.config.writing import changes, describe_keys, to_yaml, unlike_the_defaults
 
@@ -27,6 +26,7 @@ __all__ = [
     "ElasticConfig",
     "OptimConfig",
     "TrainConfig",
+    "averages_of",
     "changes",
     "check_world_size",
     "cosine_end",

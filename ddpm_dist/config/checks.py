@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ddpm_dist.config.averages import averages_of
 from ddpm_dist.config.flat import keys, to_flat
 from ddpm_dist.config.schema import Config, OptimConfig
 from ddpm_dist.config.unet2d import check_unet2d
@@ -116,8 +117,8 @@ def _check_averages(config: Config) -> None:
             raise ConfigError(f"{name}={list(numbers)}: each number may stand there once")
     if config.checkpoint.ema_snapshots and not config.ema.widths:
         raise ConfigError("ema.widths=[]: checkpoint.ema_snapshots needs the widths to keep, like [0.05, 0.1]")
-    if config.preview.weights not in config.averages():
-        valid = ", ".join(config.averages())
+    if config.preview.weights not in averages_of(config):
+        valid = ", ".join(averages_of(config))
         raise ConfigError(
             f"preview.weights={config.preview.weights}: this run keeps no such average; it keeps {valid} "
             "(see ema.more and checkpoint.ema_snapshots)"

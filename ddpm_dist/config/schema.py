@@ -10,7 +10,6 @@ from ddpm_dist.config.declaration import key
 from ddpm_dist.config.unet2d import UNet2DConfig
 
 Auto = Literal["auto", "true", "false"]
-POWER = "power-"  # begins the names of power-function averages; their width follows
 
 
 @dataclass(frozen=True)
@@ -268,15 +267,6 @@ class Config:
         """The run directory, run.root/run.name."""
         return Path(self.run.root) / self.run.name
 
-    def averages(self) -> dict[str, float]:
-        """{name: decay or width} of each average of the weights: `ema`, ones like `ema-0.999` and like `power-0.05`."""
-        widths = self.ema.widths if self.checkpoint.ema_snapshots else ()
-        return {
-            "ema": self.ema.decay,
-            **{f"ema-{decay}": decay for decay in self.ema.more},
-            **{f"{POWER}{width}": width for width in widths},
-        }
-
     def target(self, num_images: int) -> int:
         """The step at which the run is finished.
 
@@ -284,11 +274,3 @@ class Config:
             num_images: size of the data set.
         """
         return self.train.max_steps or self.train.epochs * (num_images // self.data.batch_size)
-
-
-def width_of(average: str) -> float | None:
-    """The width in the name of a power-function average, like `power-0.05`; None for any other name."""
-    try:
-        return float(average.removeprefix(POWER)) if average.startswith(POWER) else None
-    except ValueError:
-        return None

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.build import build_model
-from ddpm_dist.config import Config, changes, from_flat, width_of
+from ddpm_dist.config import Config, averages_of, changes, from_flat, width_of
 from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.snapshots import SnapshotStore
-from ddpm_dist.training.contract import facts_of
+from ddpm_dist.training.contract import LATER_TERMS, facts_of
 from ddpm_dist.training.origin import Origin, read_weights
 from ddpm_dist.training.step import Trainer
 
@@ -140,10 +140,11 @@ def check_branch(
         ConfigError, DataError: something bound differs.
     """
     source = f"init.run={origin.path}"
+    trained_on = {**LATER_TERMS, **parent.contract}
     for name, value in facts_of(images).items():
-        if parent.contract.get(name, 0) != value:
+        if trained_on[name] != value:
             raise DataError(
-                f"{source}: was trained on other images ({name}: {parent.contract.get(name, 0)} -> {value}); "
+                f"{source}: was trained on other images ({name}: {trained_on[name]} -> {value}); "
                 "give those images, or take only its weights, with init.weights"
             )
     theirs, ours = ({name: list(value.shape) for name, value in each.items()} for each in (parent.model, network))
@@ -156,7 +157,7 @@ def check_branch(
         raise ConfigError(
             f"{source}: its network has other weights ({_some(unlike, '; ')}); give the model section of that run"
         )
-    lost = [name for name in config.averages() if width_of(name) is not None and name not in parent.averages]
+    lost = [name for name in averages_of(config) if width_of(name) is not None and name not in parent.averages]
     if lost:
         raise ConfigError(
             f"{source}: kept no {', '.join(lost)}, which go back to step 0; leave checkpoint.ema_snapshots out, or set "
