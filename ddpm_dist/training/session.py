@@ -109,6 +109,7 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     images = _load_images(config, ranks, saved)
     attempt.target = config.target(len(images))
     contract = _contract(config, ranks, images, attempt.target, point.starts_from(), saved)
+    ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, saved[0].model if saved else None))
     start = ranks.all_succeed(lambda: how_to_start(point.starts_from(), saved, config, images, attempt.target))
     if not ranks.is_zero:
         return Ending(_build_and_fit(config, ranks, attempt, images, contract, start, SilentRecorder()))
@@ -169,7 +170,6 @@ def _build(
 ) -> Trainer:
     """A trainer at the step where the run stands, after this machine was held against the contract. Collective."""
     numerics = numerics_of(contract)
-    ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, saved[0].model if saved else None))
     trainer = build_trainer(config, ranks, numerics, images.shape, images.num_classes, contract["decay_steps"])
     rounds_like = ""
     if trainer.reduction.repeats_on(ranks.device):
