@@ -141,7 +141,7 @@ def test_other_weights_get_a_grid_of_their_own(run: Path, tmp_path: Path) -> Non
         (["--to", "safetensors", "--out", "{}/weights"], 78, "ends with .safetensors, like {}/weights.safetensors"),
         (["--to", "safetensors", "--out", "{}/a.safetensors", "--license", "mit"], 78, "--license: stands in the card"),
         (["--to", "safetensors", "--out", "{}/file/a.safetensors"], 78, "cannot be written ({}/file: File exists)"),
-        (["--to", "diffusers", "--out", "{}/new", "--weights", "best"], 65, "no weights called 'best'; valid: ema"),
+        (["--to", "diffusers", "--out", "{}/new", "--weights", "best"], 65, "no weights 'best'; there are: ema, model"),
         (["--to", "diffusers", "--out", "{}/new", "--step", "9"], 65, "no checkpoint of step 9; there are: 2, 3"),
         (["--to", "diffusers"], 78, "required: --out"),
     ],
