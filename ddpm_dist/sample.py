@@ -29,6 +29,7 @@ MEANINGS = {
     76: "another attempt draws these images now",
     130: "a grid was stopped with Ctrl-C",
 }
+STOPPED = "stopped before all images were drawn"
 EPILOG = exit_codes((65, 70, 78), MEANINGS)
 
 
@@ -84,7 +85,7 @@ def _draw_grid(request: Request, env: RankEnvironment) -> int:
     except (UserError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("stopped before all images were drawn", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
     return 0
 
@@ -98,6 +99,8 @@ def _draw_as_job(request: Request, env: RankEnvironment) -> int:
         try:
             path = draw_on_ranks(request, env, stop)
         except StopRequested:
+            if env.rank == 0 and not request.is_data_set:
+                print(STOPPED, file=sys.stderr, flush=True)
             return ExitCode.PREEMPTED
         except Exception as error:
             code, text = explain(error, env.rank)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddpm_dist.backends import configure_backends
 from ddpm_dist.config import Config
-from ddpm_dist.errors import ConfigError, ExitCode, StopRequested
+from ddpm_dist.errors import ConfigError, DataError, ExitCode, StopRequested
 from ddpm_dist.evaluation.drawing import Drawing, Request, device_for, draw_grid
 from ddpm_dist.evaluation.image_files import Target
 from ddpm_dist.evaluation.parts import Parts
@@ -127,11 +127,7 @@ class DataSet:
             time.sleep(seconds)
             _stopping(should_stop)()
 
-        stamp = self._parts.read_stamp()
-        mine = stamp.get("run") == self._request.run.resolve().name
-        # A run that is still training has newer checkpoints by now; a data set is drawn from one alone.
-        step = stamp["step"] if mine and self._request.step is None else self._request.step
-        drawing = Drawing.of(self._request, self._device, step)
+        drawing = self._load_for_all()
         try:
             self._target.probe(self._request.num)
             self._parts.claim(wait)
@@ -146,6 +142,19 @@ class DataSet:
         drawing.say_what_is_drawn(self._parts.num_drawn(self._request.num))
         self._drawing = drawing
         return {"step": drawing.run.step, "stamp": drawing.stamp(), "attempt": self._parts.attempt, "missing": missing}
+
+    def _load_for_all(self) -> Drawing:
+        """On rank 0: load the checkpoint that the data set was begun with; else the one that is asked for."""
+        stamp = self._parts.read_stamp()
+        if self._request.step is not None or stamp.get("run") != self._request.run.resolve().name:
+            return Drawing.of(self._request, self._device, self._request.step)
+        try:  # a run that still trains has newer checkpoints by now
+            return Drawing.of(self._request, self._device, stamp["step"])
+        except DataError as error:
+            raise DataError(
+                f"{error}. {self._parts.folder} was begun with step {stamp['step']}: restore that checkpoint to go on, "
+                "or remove that folder to start anew; weights that are exported stay as they are while a run trains on"
+            ) from None
 
     def _join(self, begun: dict[str, Any]) -> Drawing:
         """Load the run as rank 0 has done."""
@@ -189,10 +198,10 @@ class DataSet:
 
     def _say_how_far(self) -> None:
         """On rank 0: print how many images are drawn when a stop signal ends this attempt."""
-        if self._ranks.is_zero and self._parts.stamp:
+        if self._ranks.is_zero:
             num = self._request.num
-            text = f"stopped; {self._parts.num_drawn(num)} of {num} images are drawn. The same command goes on"
-            print(text, file=sys.stderr, flush=True)
+            drawn = self._parts.num_drawn(num) if self._parts.stamp else 0
+            print(f"stopped; {drawn} of {num} images are drawn. The same command goes on", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -194,6 +194,11 @@ def test_a_job_stays_with_its_checkpoint_when_the_run_trains_on(run: Path, tmp_p
         assert job.wait(30) == [75], job.output()
     (tmp_path / "hidden").rename(newest)
     assert f"step: {older} -> {newer}; sha256: " in draw(1, moving, out, "--step", str(newer), codes=[78])
+    pruned = moving / "checkpoints" / f"step-{older:08d}.json"
+    pruned.rename(tmp_path / "hidden")
+    line = errors(draw(1, moving, out, codes=[65]))[-1]
+    assert f"{out}.parts was begun with step {older}: restore that checkpoint to go on, or remove that folder" in line
+    (tmp_path / "hidden").rename(pruned)
     assert f"from step {older}, of which" in draw(1, moving, out)
     assert not Path(f"{out}.parts").exists()
 
