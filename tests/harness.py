@@ -61,6 +61,25 @@ def call_train_hastily(argv: Sequence[str]) -> int:
     return call_train(argv)
 
 
+def call_train_slowly(argv: Sequence[str]) -> int:
+    """The train command with shorter waits, and a pause before each step as long as run.root has a file `slow`.
+
+    So a run is still under way when a test has seen a step of it and does something to it, however fast the machine is.
+    """
+    from ddpm_dist.training.step import Trainer
+
+    train_step = Trainer.train_step
+    (root,) = (Path(word.removeprefix("run.root=")) for word in argv if word.startswith("run.root="))
+
+    def after_a_pause(self: Trainer, micro_batches: Sequence[Any]) -> None:
+        if (root / "slow").exists():
+            time.sleep(0.1)
+        train_step(self, micro_batches)
+
+    Trainer.train_step = after_a_pause  # type: ignore[method-assign]
+    return call_train_hastily(argv)
+
+
 def _as_launched(world_size: int, function: Callable[..., int], args: Sequence[Any]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -52,10 +52,10 @@ def from_text(tmp_path: Path, text: str, *overrides: str) -> Config:
 
 def refusal(*overrides: str, file: Path | None = None, seconds: float = 5.0) -> str:
     """The one line that refuses a config, quickly."""
-    start = time.monotonic()
+    start = time.process_time()  # other processes may keep the machine busy
     with pytest.raises(ConfigError) as caught:
         load_config(file, overrides)
-    assert time.monotonic() - start < seconds
+    assert time.process_time() - start < seconds
     assert caught.value.exit_code == ExitCode.CONFIG
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
