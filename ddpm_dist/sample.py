@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ddpm_dist.command import CommandLine, exit_codes, leave_word, refuse, refuse_on_all
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, UserError
+from ddpm_dist.evaluation.class_flags import add_class_flags, class_choice
 from ddpm_dist.evaluation.drawing import Request, draw_grid
 from ddpm_dist.evaluation.image_files import Target
 from ddpm_dist.evaluation.sampler_flags import add_sampler_flags, sampler_choice
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num-images", type=int, dest="num", metavar="N", help=argparse.SUPPRESS)
     add_sampler_flags(parser)
+    add_class_flags(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images [0]")
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint [the newest valid one]")
     parser.add_argument(
@@ -129,6 +131,7 @@ def request_of(args: argparse.Namespace) -> Request:
         step=args.step,
         device=args.device,
         target=target,
+        classes=class_choice(args),
     )
 
 

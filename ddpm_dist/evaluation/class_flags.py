@@ -58,10 +58,11 @@ class ClassChoice:
             return Classes(run.num_classes)
         return Classes(run.num_classes, number_of(str(self.name), run.num_classes, run.class_names))
 
-    def stamp(self) -> dict[str, Any]:
-        """The choices that shape the images, by the name of their flag, as plain JSON."""
+    def choices(self) -> dict[str, Any]:
+        """All that was chosen, by the name of its flag, as plain JSON; None where it is the default."""
         interval = None if self.interval is None else list(self.interval)
-        return {"class": self.name, "guidance": self.guidance, "guidance_interval": interval}
+        guidance = None if self.guidance == 1 else self.guidance
+        return {"class": self.name, "guidance": guidance, "guidance_interval": interval}
 
     def _given(self) -> list[str]:
         """The flags that say something else than their defaults, as they are written."""

@@ -26,6 +26,12 @@ class Classes:
             return torch.full((len(indices),), self.only)
         return torch.tensor(indices) % self.num_classes
 
+    def words(self) -> str:
+        """Which classes these are, to go after what is drawn."""
+        if self.only is not None:
+            return f", all of class {self.only}"
+        return f", of {self.num_classes} classes in turn"
+
     def in_rows(self, images: Tensor) -> tuple[Tensor, int | None]:
         """The images as a grid shows them: the first row has class 0, and so on.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddpm_dist.errors import ConfigError
+from ddpm_dist.evaluation.class_flags import ClassChoice
 from ddpm_dist.evaluation.image_files import Target
 from ddpm_dist.evaluation.sampler_flags import SamplerChoice
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
+    from ddpm_dist.evaluation.classes import Classes
     from ddpm_dist.loading import LoadedRun
     from ddpm_dist.parallel.environment import RankEnvironment
 
@@ -35,6 +37,7 @@ class Request:
         step: step of the checkpoint; None for the newest valid one.
         device: where the images are computed; auto is cuda if there is one.
         target: where the images go; None for a grid in the run directory.
+        classes: which classes, and how they are guided.
     """
 
     run: Path
@@ -44,6 +47,7 @@ class Request:
     step: int | None
     device: Literal["auto", "cpu", "cuda"]
     target: Target | None
+    classes: ClassChoice = ClassChoice()
 
     @property
     def is_data_set(self) -> bool:
@@ -52,10 +56,10 @@ class Request:
 
     def choices(self) -> dict[str, Any]:
         """All that was chosen and shapes the images, by the name of its flag."""
-        elsewhere = ("run", "num", "sampler", "step", "device", "target")
+        elsewhere = ("run", "num", "sampler", "step", "device", "target", "classes")
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
         of_sampler = dataclasses.asdict(self.sampler)
-        return {"sampler": of_sampler.pop("name"), **of_sampler, **own}
+        return {"sampler": of_sampler.pop("name"), **of_sampler, **own, **self.classes.choices()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Drawing:
         run: with its network on the device.
         sampler, options: the sampler, and how it is set.
         device: where the images are computed.
+        classes: of which class each image is; None in a run without labels.
     """
 
     request: Request
@@ -74,6 +79,7 @@ class Drawing:
     sampler: Sampler
     options: SamplerOptions
     device: torch.device
+    classes: Classes | None
 
     @staticmethod
     def of(request: Request, device: torch.device, step: int | None) -> Drawing:
@@ -89,9 +95,8 @@ class Drawing:
 
         sampler = request.sampler.sampler()
         run = load_run(request.run, step, device=device)
-        return Drawing(
-            request, run, sampler, request.sampler.options(run.process, run.config.diffusion.variance), device
-        )
+        options = request.sampler.options(run.process, run.config.diffusion.variance)
+        return Drawing(request, run, sampler, options, device, request.classes.classes(run))
 
     def block(self, block: int, on_step: Callable[[], None]) -> Tensor:
         """Draw the images of a block, of which each has BLOCK_SIZE.
@@ -105,7 +110,12 @@ class Drawing:
         from ddpm_dist.evaluation.generate import BLOCK_SIZE, generate_block
 
         return generate_block(
-            self.run.denoiser(self.sampler.clips(self.options), dynamic_threshold=self.options.dynamic_threshold),
+            self.run.denoiser(
+                self.sampler.clips(self.options),
+                self.request.classes.guidance,
+                self.request.classes.interval,
+                self.options.dynamic_threshold,
+            ),
             self.run.process,
             self.sampler,
             shape=self.run.image_shape,
@@ -114,7 +124,18 @@ class Drawing:
             options=self.options,
             device=self.device,
             on_step=on_step,
+            classes=self.classes,
         )
+
+    def class_words(self) -> str:
+        """What was chosen about classes and guidance, for the name of a file; empty if nothing was."""
+        choice, only = self.request.classes, None if self.classes is None else self.classes.only
+        parts = [
+            *([f"-class{only}"] if only is not None else []),
+            *([f"-guidance{choice.guidance:g}"] if choice.guidance != 1 else []),
+            *([f"-in{choice.interval[0]}-{choice.interval[1]}"] if choice.interval else []),
+        ]
+        return "".join(parts)
 
     def num_calls(self) -> int:
         """How often a block calls `on_step`."""
@@ -128,6 +149,7 @@ class Drawing:
             "sha256": self.run.source_sha256,
             "weights": self.run.weights,
             **self.request.choices(),
+            "class": None if self.classes is None else self.classes.only,
             "shape": self.run.image_shape,
             "device": self.device.type,  # each kind of device rounds in its own way
         }
@@ -141,8 +163,8 @@ class Drawing:
         """
         height, width = self.run.image_shape[1:]
         already = f", of which {drawn} are drawn already" if drawn else ""
-        text = f"drawing {self.request.num} images of {height} x {width} from step {self.run.step}{already}"
-        print(text, file=sys.stderr, flush=True)
+        text = f"drawing {self.request.num} images of {height} x {width} from step {self.run.step}"
+        print(text + ("" if self.classes is None else self.classes.words()) + already, file=sys.stderr, flush=True)
 
 
 def device_for(requested: str, env: RankEnvironment) -> torch.device:
@@ -199,7 +221,8 @@ def draw_grid(request: Request, env: RankEnvironment, on_step: Callable[[], None
                 on_step()
 
             blocks = [drawing.block(block, count) for block in range(num_blocks)]
-        target.write((block[: request.num - BLOCK_SIZE * index] for index, block in enumerate(blocks)), request.num)
+        cut = (block[: request.num - BLOCK_SIZE * index] for index, block in enumerate(blocks))
+        target.write(cut, request.num, drawing.classes)
     except OSError as error:
         raise target.cannot_be_written(error) from None
     return target.path
@@ -208,5 +231,5 @@ def draw_grid(request: Request, env: RankEnvironment, on_step: Callable[[], None
 def _grid_of(drawing: Drawing) -> Target:
     """The grid in the run directory that is written unless another target is asked for."""
     request, run = drawing.request, drawing.run
-    name = f"{request.sampler.name}-seed{request.seed}-step-{run.step:08d}.png"
+    name = f"{request.sampler.name}{drawing.class_words()}-seed{request.seed}-step-{run.step:08d}.png"
     return Target(run.directory.samples / name, "grid")

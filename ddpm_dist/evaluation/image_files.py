@@ -16,6 +16,8 @@ from ddpm_dist.run.files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ddpm_dist.evaluation.classes import Classes
+
 
 @dataclass(frozen=True)
 class Target:
@@ -63,12 +65,13 @@ class Target:
         reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
         return ConfigError(f"--out {self.path}: cannot be written ({error.filename or self.path}: {reason})")
 
-    def write(self, blocks: Iterable[Tensor], num: int) -> None:
+    def write(self, blocks: Iterable[Tensor], num: int, classes: Classes | None = None) -> None:
         """Write the images. No more than one block of them need be in memory, except for a grid.
 
         Args:
             blocks: uint8 [B, C, H, W] each, in the order of the images' indices.
             num: number of images in all blocks together.
+            classes: of which class each image is; a grid has a row for each.
 
         Raises:
             OSError: they cannot be written.
@@ -78,7 +81,7 @@ class Target:
         elif self.kind == "folder":
             _write_folder(blocks, self.path)
         else:
-            _write_grid(blocks, self.path)
+            _write_grid(blocks, self.path, classes)
 
 
 def _number(path: Path) -> int:
@@ -86,12 +89,15 @@ def _number(path: Path) -> int:
     return int(path.stem) if path.stem.isdigit() else -1
 
 
-def _write_grid(blocks: Iterable[Tensor], path: Path) -> None:
+def _write_grid(blocks: Iterable[Tensor], path: Path, classes: Classes | None) -> None:
     import torch
 
     from ddpm_dist.evaluation.pictures import save_grid
 
-    save_grid(torch.cat(list(blocks)), path)
+    images, columns = torch.cat(list(blocks)), None
+    if classes is not None:
+        images, columns = classes.in_rows(images)
+    save_grid(images, path, columns)
 
 
 def _write_folder(blocks: Iterable[Tensor], folder: Path) -> None:

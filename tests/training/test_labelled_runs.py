@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import final_state, start, state_differences, train
 from PIL import Image
+from torch import Tensor
 
+from ddpm_dist import sample
 from ddpm_dist.build import build_model
+from ddpm_dist.errors import StopRequested
+from ddpm_dist.evaluation.drawing import Drawing
 from ddpm_dist.loading import load_run
 
 CLASSES = ("ape", "bee", "cow")
@@ -61,6 +67,53 @@ def test_preview_has_a_row_for_each_class(run: Path) -> None:
     with Image.open(run / "samples" / "step-00000006.png") as grid:
         width, height = grid.size
     assert (width, height) == (3 * 66 + 2, 3 * 66 + 2), "seven images of three classes: rows of three, two and two"
+
+
+def test_each_class_can_be_drawn_by_name_and_is_the_same_image_in_any_company(
+    tmp_path: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(*options: str, num: int = 5) -> np.ndarray:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+        assert sample.main([str(run), "--num", str(num), "--steps", "2", "--out", str(out), *options]) == 0
+        with np.load(out) as archive:
+            return np.array(archive["arr_0"])
+
+    every, bees = drawn("--class", "all"), drawn("--class", "bee")
+    assert (drawn() == every).all()
+    assert (drawn("--class", "1") == bees).all()
+    assert (drawn(num=70)[:5] == every).all()
+    same = [bool((one == other).all()) for one, other in zip(every, bees, strict=True)]
+    assert same == [False, True, False, False, True]
+    assert "drawing 5 images of 8 x 8 from step 6, all of class 1" in capfd.readouterr().err
+    nobody = drawn("--class", "cow", "--guidance", "0")
+    assert (nobody == drawn("--guidance", "0")).all(), "unconditional, whatever the class"
+    assert (nobody != every).any()
+    assert (drawn("--class", "bee", "--guidance", "2") != bees).any()
+    assert sample.main([str(run), "--class", "wasp"]) == 78
+    message = "error: --class wasp: there is no such class; valid: all, 0 to 2, ape, bee, cow"
+    assert capfd.readouterr().err.splitlines()[-1] == message
+
+
+def test_an_image_of_another_class_is_not_put_beside_those_that_are_drawn(
+    tmp_path: Path, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "images.npz"
+    command = [str(run), "--num", "70", "--steps", "2", "--out", str(out)]
+    original = Drawing.block
+
+    def stop_at_the_second(self: Drawing, block: int, on_step: Any) -> Tensor:
+        if block == 1:
+            raise StopRequested
+        return original(self, block, on_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawing, "block", stop_at_the_second)
+        assert sample.main([*command, "--class", "ape"]) == 75
+    assert sample.main([*command, "--class", "ape", "--guidance", "2"]) == 78
+    assert re.search(r" guidance: .* -> 2\.0\. ", capfd.readouterr().err)
+    assert sample.main([*command, "--class", "bee"]) == 78
+    assert "class: 0 -> 1" in capfd.readouterr().err
+    assert sample.main([*command, "--class", "ape"]) == 0
 
 
 def test_it_does_not_go_on_with_other_classes(tmp_path: Path, folder: Path) -> None:
