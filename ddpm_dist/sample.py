@@ -3,8 +3,7 @@
     python -m ddpm_dist.sample runs/mnist
     torchrun --nproc_per_node 4 -m ddpm_dist.sample runs/mnist --num-images 50000 --out images.npz
 
-The same seed gives the same images, however many are drawn and on however many ranks. If a folder
-or an .npz file is stopped or killed, the same command goes on.
+The same seed gives the same images on any number of ranks. A data set that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -36,12 +35,13 @@ EPILOG = exit_codes((65, 70, 78), MEANINGS)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises ConfigError."""
-    parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__, epilog=EPILOG)
+    usage = "%(prog)s [options] RUN_DIR"
+    parser = CommandLine(prog="python -m ddpm_dist.sample", description=__doc__, epilog=EPILOG, usage=usage)
     parser.add_argument(
         "run_directory",
         type=Path,
         metavar="RUN_DIR",
-        help="directory of the run, like runs/mnist; or exported weights, FILE.safetensors",
+        help="the run, like runs/mnist; or exported weights, FILE.safetensors",
     )
     # torchrun of Python 3.11 takes --num for an abbreviation of two options of its own, even after the module's name.
     parser.add_argument(
@@ -58,8 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         metavar="PATH",
-        help="grid.png, a folder/ (00000.png ...), or images.npz (arr_0: uint8 [N, H, W, C]) "
-        "[RUN_DIR/samples/SAMPLER-seedS-step-N.png]",
+        help="grid.png, a folder/, or images.npz [RUN_DIR/samples/SAMPLER-seedS-step-N.png]",
     )
     return parser.parse_args(argv)
 

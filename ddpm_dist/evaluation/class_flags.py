@@ -101,14 +101,14 @@ def add_class_flags(parser: argparse.ArgumentParser) -> None:
         "--class",
         dest="class_name",
         metavar="NAME",
-        help="draw this class, by its name or number; all: each in turn, one row of a grid for each [all]",
+        help="draw one class, by name or number; all: each in turn, a row each [all]",
     )
     parser.add_argument(
         "--guidance",
         type=float,
         default=1.0,
         metavar="W",
-        help="how clearly an image shows its class; 0: unconditional, 1: as trained [1]",
+        help="how clearly an image shows its class; 0: not at all, 1: as trained [1]",
     )
     parser.add_argument(
         "--guidance-interval",

@@ -78,8 +78,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         default="ddim",
         metavar="NAME",
-        help="ddim; dpm++ or heun, which need fewer steps; ddpm, which visits all timesteps; or diffusers:CLASS, a "
-        "scheduler of diffusers [ddim]",
+        help="ddim, ddpm, dpm++ or heun; or diffusers:CLASS, a scheduler of diffusers [ddim]",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="timesteps to visit [50; ddpm: all]")
     parser.add_argument("--spacing", metavar="NAME", help="which ones: even, leading, trailing, quadratic [even]")
@@ -90,7 +89,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,
-        help="clip the predicted image to the range of images at each step [all but ddpm do]",
+        help="clip the predicted image at each step [all but ddpm do]",
     )
     parser.add_argument(
         "--dynamic-threshold", type=float, metavar="P", help="clip at this quantile of each image instead, like 0.995"
