@@ -10,6 +10,7 @@ card that says how to draw from it. Nothing is overwritten.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +35,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--license", metavar="ID", help="licence of the weights for the card, like mit [the card names none]"
     )
+    parser.add_argument(
+        "--register", metavar="NAME", help="register it in MLflow too, as the next version of the model NAME"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and print where the export is. Returns the exit code."""
+    """Run the command, and print where the export is, and by which name MLflow loads it. Returns the exit code."""
     try:
         args = parse(argv)
         _check(args)
@@ -46,14 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("stopped before the export was written", file=sys.stderr)
+        print("stopped before all was done; an export is there whole or not at all", file=sys.stderr)
         return 130
-    print(args.out)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     out: Path = args.out
+    if args.register is not None and not re.fullmatch(r"[\w.-][\w .-]*", args.register):
+        raise ConfigError(f"--register {args.register}: expected a name of letters, digits, blanks, _, . and -")
+    if args.register is not None and is_weights_file(args.run_directory):
+        raise ConfigError(
+            f"--register {args.register}: {args.run_directory} is a file, which MLflow does not know; give the run "
+            "directory"
+        )
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out {out}: exists already, and nothing is overwritten; give another path, or remove it")
     if not is_weights_file(args.run_directory) and not RunDirectory(args.run_directory).config_file.exists():
@@ -73,6 +83,11 @@ def _export(args: argparse.Namespace) -> None:
     except OSError as error:
         where, reason = error.filename or args.out, error.strerror or str(error)
         raise ConfigError(f"--out {args.out}: cannot be written ({where}: {reason})") from None
+    print(args.out, flush=True)
+    if args.register is not None:
+        from ddpm_dist.exporting.registration import register
+
+        print(f"models:/{args.register}/{register(run, args.register)}")
 
 
 if __name__ == "__main__":

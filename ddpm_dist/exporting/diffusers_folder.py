@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ddpm_dist.diffusion.variance import VARIANCES
 from ddpm_dist.errors import ConfigError
 from ddpm_dist.exporting.card import write_card
 from ddpm_dist.exporting.drawing_code import MODULE
@@ -73,6 +74,8 @@ def _write_unet(run: LoadedRun, folder: Path) -> None:
         "channels": model.channels,
         "time_embed_dim": model.time_embed_dim,
         "dropout": model.dropout,
+        "out_channels": run.image_shape[0] * VARIANCES[run.config.diffusion.variance].num_parts,
+        "num_classes": run.num_classes,
     }
     (folder / "unet").mkdir()
     (folder / "unet" / "config.json").write_text(json.dumps(arguments, indent=2) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
+from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.evaluation.generate import generate_blocks
 from ddpm_dist.evaluation.pictures import save_grid
 from ddpm_dist.loading import LoadedRun
@@ -19,8 +20,8 @@ NUM_DRAWN = 16
 def write_grid(run: LoadedRun, path: Path) -> str:
     """Write the grid as a PNG.
 
-    The run draws its previews from the weights `ema`. For other weights, and where there is no preview, images are
-    drawn by DDIM.
+    The run draws its previews from the weights that preview.weights names. For other weights, and where there is no
+    preview, images are drawn by DDIM.
 
     Returns:
         a sentence for the reader that says how the images were drawn.
@@ -37,7 +38,7 @@ def write_grid(run: LoadedRun, path: Path) -> str:
             f"`{preview.sampler}` with seed {preview.seed}. Nobody chose them."
         )
     print(f"drawing {NUM_DRAWN} images for the card", file=sys.stderr, flush=True)
-    sampler = SAMPLERS["ddim"]
+    sampler, classes = SAMPLERS["ddim"], Classes(run.num_classes) if run.num_classes else None
     blocks = generate_blocks(
         run.denoiser(sampler.clip),
         run.process,
@@ -49,14 +50,16 @@ def write_grid(run: LoadedRun, path: Path) -> str:
         device=run.process.betas.device,
         on_step=lambda: None,
         block_size=NUM_DRAWN,
+        classes=classes,
     )
     save_grid(torch.cat(list(blocks)), path)
-    return "The samples were drawn by the sampler `ddim` with seed 0. Nobody chose them."
+    of_classes = ", of the classes in turn" if classes else ""
+    return f"The samples were drawn by the sampler `ddim` with seed 0{of_classes}. Nobody chose them."
 
 
 def _newest_preview(run: LoadedRun) -> Path | None:
     """The newest preview up to the step of the weights; None if it was not drawn from these weights."""
-    if run.weights != "ema" or not run.path.is_dir():
+    if run.weights != run.config.preview.weights or not run.path.is_dir():
         return None
     found = sorted(run.directory.samples.glob("step-*.png"))
     return next((path for path in reversed(found) if int(path.stem.removeprefix("step-")) <= run.step), None)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 """What diffusers calls our predictions."""
 
+VARIANCE_TYPES = {"fixed_large": "fixed_large", "fixed_small": "fixed_small", "learned": "learned_range"}
+"""What diffusers calls our variances."""
+
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 """What diffusers calls our schedules. Its "sigmoid" is another one than ours."""
 
@@ -31,22 +34,23 @@ def scheduler_of(run: LoadedRun) -> DDPMScheduler:
     the last timestep, T - 1, whatever the number of steps; DDIM of diffusers is right with no other spacing.
 
     Raises:
-        ConfigError: diffusers knows no such prediction.
+        ConfigError: diffusers has no such prediction or variance.
     """
     from diffusers import DDPMScheduler
 
     diffusion, betas = run.config.diffusion, run.process.betas.cpu()
-    if diffusion.prediction not in PREDICTION_TYPES:
-        raise ConfigError(
-            f"--to diffusers: diffusion.prediction={diffusion.prediction} is not known to diffusers; it knows "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
+    for key, value, known in (
+        ("prediction", diffusion.prediction, PREDICTION_TYPES),
+        ("variance", diffusion.variance, VARIANCE_TYPES),
+    ):
+        if value not in known:
+            raise ConfigError(f"--to diffusers: it has no diffusion.{key}={value}; it has {', '.join(known)}")
     options = {
         "num_train_timesteps": len(betas),
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
         "prediction_type": PREDICTION_TYPES[diffusion.prediction],
-        "variance_type": "fixed_large",
+        "variance_type": VARIANCE_TYPES[diffusion.variance],
         "clip_sample": SAMPLERS["ddpm"].clip,
         "timestep_spacing": "trailing",
     }

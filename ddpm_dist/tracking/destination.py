@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +46,14 @@ class KnownRun:
 def prepare_client() -> None:
     """Set what MLflow's client reads from the environment, unless the user has set it.
 
-    By default the client waits up to four minutes for a dead server, calls home, and prints a link of its own to each
-    run that ends, which opens the wrong workspace.
+    By default the client waits up to four minutes for a dead server, calls home, draws bars into logs, and prints a
+    link of its own to each run that ends, which opens the wrong workspace.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
@@ -61,6 +64,43 @@ def http_status(error: Exception) -> int | None:
         return int(answer.status_code)
     status = getattr(error, "get_http_status_code", None)  # of mlflow
     return None if status is None else int(status())
+
+
+def save_model(
+    folder: Path, run_id: str, network: Any, example: Mapping[str, Any], requirements: Sequence[str]
+) -> None:
+    """Write a network in MLflow's own form for networks of torch, as a graph that torch.export makes, without a pickle.
+
+    Args:
+        folder: that is made.
+        run_id: the MLflow run that it belongs to.
+        network: in evaluation mode, on the CPU; called with the inputs in their order, it returns one tensor.
+        example: {name: tensor} of the inputs and, last, of the output, all with the same number of rows, at least 2.
+            The graph then takes any number of rows. `mlflow` has no place for an example of several inputs, so it
+            goes beside the graph, as example.npz.
+        requirements: lines for pip.
+    """
+    import numpy as np
+    from mlflow import pytorch
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    arrays = {name: tensor.numpy() for name, tensor in example.items()}
+    specs: list[Any] = [TensorSpec(array.dtype, (-1, *array.shape[1:]), name) for name, array in arrays.items()]
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of weights on other devices, whatever device they are on
+        file = Path(scratch) / "example.npz"
+        np.savez(file, **arrays)
+        pytorch.save_model(
+            network,
+            str(folder),
+            mlflow_model=Model(run_id=run_id),
+            signature=ModelSignature(Schema(specs[:-1]), Schema(specs[-1:])),
+            input_example=list(arrays.values())[:-1],
+            pip_requirements=list(requirements),
+            extra_files=[str(file)],
+            serialization_format="pt2",
+        )
 
 
 def create_database(path: Path) -> None:
@@ -178,3 +218,30 @@ class Destination:
             self._ask(self._client.update_run, run_id, status=STATUS[state])
         else:
             self._ask(self._client.set_terminated, run_id, status=STATUS[state])
+
+    def register_model(self, run_id: str, name: str, folder: Path, step: int) -> str:
+        """Store what `save_model` wrote with a run, and register it as the next version of the model of this name.
+
+        Args:
+            step: of the run, whose weights the model has.
+
+        Returns:
+            the version.
+        """
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.exceptions import MlflowException
+
+        experiment_id = self._ask(self._client.get_run, run_id).info.experiment_id
+        model = self._ask(self._client.create_logged_model, experiment_id, name, run_id)
+        model_id = model.model_id
+        self._ask(self._client.log_model_artifacts, model_id, str(folder))
+        self._ask(self._client.finalize_logged_model, model_id, "READY")
+        self._ask(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
+        try:
+            self._ask(self._client.create_registered_model, name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = model.artifact_location
+        made = self._ask(self._client.create_model_version, name, source, run_id=run_id, model_id=model_id)
+        return str(made.version)

@@ -1,4 +1,4 @@
-"""Executes the code of a card in its folder, in a process that cannot import ddpm_dist."""
+"""Executes the code of cards in their folders, in a process that cannot import ddpm_dist."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,15 +22,18 @@ except ImportError:
     pass
 else:
     raise SystemExit("ddpm_dist can be imported")
-sys.path.insert(0, os.getcwd())  # as for a person who starts python in this folder
 import json, torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 images = {}
-for number, code in enumerate(json.loads(sys.argv[2])):
+for number, (folder, code) in enumerate(json.loads(sys.argv[2])):
+    os.chdir(folder)
+    sys.path.insert(0, folder)  # as for a person who starts python in this folder
     names = {"torch": torch}
     exec(code, names)
     images[str(number)] = names["images"].clone()
+    sys.path.remove(folder)
+    sys.modules.pop("reference_unet", None)  # the next folder has one of its own
 save_file(images, sys.argv[1])
 """
 
@@ -47,16 +50,17 @@ def code_of(folder: Path) -> list[str]:
     return [block.replace("pipeline(batch_size=4", "pipeline(output_type='pt', batch_size=4") for block in seeded]
 
 
-def execute(folder: Path, codes: list[str], out: Path) -> list[Tensor]:
-    """`images` after each piece of code."""
-    argv = [sys.executable, "-I", "-c", PRELUDE, str(out), json.dumps(codes)]
+def execute(codes: Sequence[tuple[Path, str]], out: Path) -> list[Tensor]:
+    """What `images` is after each piece of code, which is executed in its folder.
+
+    Args:
+        codes: (folder, code) of each.
+        out: a file for the images.
+    """
+    given = json.dumps([(str(folder), code) for folder, code in codes])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    argv = [sys.executable, "-I", "-c", PRELUDE, str(out), given]
+    done = subprocess.run(argv, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = load_file(out)
     return [found[str(number)] for number in range(len(codes))]
-
-
-def difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape
-    return float(torch.abs(left - right).max())
