@@ -30,7 +30,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--to", required=True, metavar="FORMAT", help="safetensors or diffusers")
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="FILE.safetensors, or a new folder")
-    parser.add_argument("--weights", metavar="NAME", help="ema (the average) or model (as trained) [ema]")
+    parser.add_argument(
+        "--weights", metavar="NAME", help="ema, model, or another average of the run, like ema-0.999 [ema]"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint [the newest valid one]")
     parser.add_argument(
         "--license", metavar="ID", help="licence of the weights for the card, like mit [the card names none]"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_dist.build import build_model, build_prediction, build_process, build_variance, check_names, check_weights_fit
-from ddpm_dist.config import POWER, Config, from_flat, width_of
+from ddpm_dist.config import MAX_WIDTH, POWER, Config, from_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser, Network
 from ddpm_dist.diffusion.guidance import Guided
 from ddpm_dist.diffusion.predictions import Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, DataError
-from ddpm_dist.models.reconstruction import MAX_WIDTH, Profile, combine, solve_weights
+from ddpm_dist.models.reconstruction import Profile, combine, solve_weights
 from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory, is_weights_file, no_run
 from ddpm_dist.run.snapshots import SnapshotStore

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_dist.command import CommandLine, exit_codes, leave_word, refuse, refuse_on_all
+from ddpm_dist.config import MAX_WIDTH, POWER
 from ddpm_dist.errors import ConfigError, ExitCode, StopRequested, UserError
 from ddpm_dist.evaluation.class_flags import add_class_flags, class_choice
 from ddpm_dist.evaluation.drawing import Request, draw_grid
@@ -53,12 +54,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images [0]")
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint [the newest valid one]")
     parser.add_argument(
+        "--weights", metavar="NAME", help="ema, model, or another average that the run keeps, like ema-0.999 [ema]"
+    )
+    parser.add_argument(
+        "--ema", type=float, metavar="WIDTH", help="power-function average of this width, from checkpoint.ema_snapshots"
+    )
+    parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto is cuda if there is one [auto]"
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        help="grid.png, a folder/, or images.npz [RUN_DIR/samples/SAMPLER-seedS-step-N.png]",
+        help="grid.png, a folder/, or images.npz [a grid in RUN_DIR/samples]",
     )
     return parser.parse_args(argv)
 
@@ -119,6 +126,10 @@ def request_of(args: argparse.Namespace) -> Request:
         raise ConfigError(f"--num {args.num}: expected at least 1")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: expected at least 0")
+    if args.ema is not None and args.weights is not None:
+        raise ConfigError(f"--ema {args.ema}: not together with --weights {args.weights}; give one of them")
+    if args.ema is not None and not 0 < args.ema <= MAX_WIDTH:
+        raise ConfigError(f"--ema {args.ema}: expected a width above 0 and at most {MAX_WIDTH}")
     target = Target.named(args.out) if args.out else None
     if not is_weights_file(args.run_directory) and not RunDirectory(args.run_directory).config_file.exists():
         raise no_run(args.run_directory)
@@ -128,6 +139,7 @@ def request_of(args: argparse.Namespace) -> Request:
         seed=args.seed,
         sampler=sampler_choice(args),
         step=args.step,
+        weights=args.weights if args.ema is None else f"{POWER}{args.ema}",
         device=args.device,
         target=target,
         classes=class_choice(args),

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that a mistake is refused at once, without the seconds that torch takes to load.
 """
 
-from ddpm_dist.config.averages import POWER, averages_of, width_of
+from ddpm_dist.config.averages import MAX_WIDTH, POWER, averages_of, width_of
 from ddpm_dist.config.checks import check_world_size, cosine_end
 from ddpm_dist.config.flat import from_flat, keys, named_parts, to_flat
 from ddpm_dist.config.reading import load_config, nearest_key
@@ -19,6 +19,7 @@ from ddpm_dist.config.schema import (
 from ddpm_dist.config.writing import changes, describe_keys, to_yaml, unlike_the_defaults
 
 __all__ = [
+    "MAX_WIDTH",
     "POWER",
     "CheckpointConfig",
     "Config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddpm_dist.config.schema import Config
 
 POWER = "power-"  # begins the names of power-function averages; their width follows
+MAX_WIDTH = 0.28  # of such an average; one that weighs all steps alike has the width 1 / √12 = 0.2887
 
 
 def averages_of(config: Config) -> dict[str, float]:

@@ -35,6 +35,7 @@ class Request:
         seed: at least 0.
         sampler: which sampler, and how it is set.
         step: step of the checkpoint; None for the newest valid one.
+        weights: which weights of it; None for `ema`, or for those of a file.
         device: where the images are computed; auto is cuda if there is one.
         target: where the images go; None for a grid in the run directory.
         classes: which classes, and how they are guided.
@@ -45,6 +46,7 @@ class Request:
     seed: int
     sampler: SamplerChoice
     step: int | None
+    weights: str | None
     device: Literal["auto", "cpu", "cuda"]
     target: Target | None
     classes: ClassChoice = ClassChoice()
@@ -56,7 +58,7 @@ class Request:
 
     def choices(self) -> dict[str, Any]:
         """All that was chosen and shapes the images, by the name of its flag."""
-        elsewhere = ("run", "num", "sampler", "step", "device", "target", "classes")
+        elsewhere = ("run", "num", "sampler", "step", "weights", "device", "target", "classes")
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
         of_sampler = dataclasses.asdict(self.sampler)
         return {"sampler": of_sampler.pop("name"), **of_sampler, **own, **self.classes.choices()}
@@ -94,7 +96,7 @@ class Drawing:
         from ddpm_dist.loading import load_run
 
         sampler = request.sampler.sampler()
-        run = load_run(request.run, step, device=device)
+        run = load_run(request.run, step, request.weights, device)
         options = request.sampler.options(run.process, run.config.diffusion.variance)
         return Drawing(request, run, sampler, options, device, request.classes.classes(run))
 
@@ -231,5 +233,6 @@ def draw_grid(request: Request, env: RankEnvironment, on_step: Callable[[], None
 def _grid_of(drawing: Drawing) -> Target:
     """The grid in the run directory that is written unless another target is asked for."""
     request, run = drawing.request, drawing.run
-    name = f"{request.sampler.name}{drawing.class_words()}-seed{request.seed}-step-{run.step:08d}.png"
+    weights = "" if request.weights is None else f"-{run.weights}"
+    name = f"{request.sampler.name}{weights}{drawing.class_words()}-seed{request.seed}-step-{run.step:08d}.png"
     return Target(run.directory.samples / name, "grid")

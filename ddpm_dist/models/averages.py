@@ -83,7 +83,7 @@ class PowerEMA(Average):
 
     Args:
         model: as for `Average`.
-        width: σ_rel, the standard deviation of the profile n^γ in units of the steps done; in (0, MAX_WIDTH].
+        width: σ_rel, the standard deviation of the profile n^γ in units of the steps done; in (0, 0.2887].
     """
 
     def __init__(self, model: nn.Module, width: float) -> None:

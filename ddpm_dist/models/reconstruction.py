@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-MAX_WIDTH = 0.28
-"""The largest width; γ = 0, which weighs all steps alike, has the width 1 / √12 = 0.2887."""
+WIDEST = 12**-0.5
+"""The width of γ = 0, which weighs all steps alike."""
 
 
 class Profile(NamedTuple):
@@ -36,9 +36,9 @@ def exponent_of(width: float) -> float:
     Squared, this is γ³ + 7 γ² + (16 - σ_rel⁻²) γ + 12 - σ_rel⁻² = 0, of which γ is the largest root.
 
     Args:
-        width: σ_rel, in (0, MAX_WIDTH].
+        width: σ_rel, in (0, WIDEST].
     """
-    assert 0 < width <= MAX_WIDTH, width
+    assert 0 < width <= WIDEST, width
     inverse = width**-2
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 

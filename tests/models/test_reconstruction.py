@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddpm_dist.config import MAX_WIDTH
 from ddpm_dist.models.averages import PowerEMA
-from ddpm_dist.models.reconstruction import MAX_WIDTH, Profile, combine, exponent_of, solve_weights
+from ddpm_dist.models.reconstruction import Profile, combine, exponent_of, solve_weights
 
 STEPS, EVERY, KEPT = 240, 12, (0.05, 0.1)
 WIDTHS = (0.06, 0.075, 0.09, 0.12)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import call_train, differences, final_state, start, state_differences, train
 
-from ddpm_dist import build
+from ddpm_dist import build, sample
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.loading import load_run
@@ -98,6 +98,16 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are(undisturbed: Pa
     with pytest.raises(DataError, match=r"step-00000008\.pt: its sha256 .* remove"):
         load_run(undisturbed, weights="power-0.07")
     damaged.write_bytes(whole)
+
+
+def test_sample_draws_from_any_weights_and_the_name_of_the_grid_says_which(undisturbed: Path) -> None:
+    asked = {"ema": [], "model": ["--weights", "model"], "power-0.07": ["--ema", "0.07"]}
+    for name, flags in asked.items():
+        assert sample.main([str(undisturbed), "--num", "1", "--steps", "1", *flags]) == 0
+        grid = f"ddim{f'-{name}' if flags else ''}-seed0-step-00000040.png"
+        assert (undisturbed / "samples" / grid).exists()
+    grids = [path.read_bytes() for path in (undisturbed / "samples").glob("ddim*.png")]
+    assert len(set(grids)) == len(grids) == 3
 
 
 @pytest.mark.parametrize("change", ["ema.more=[0.9]", "ema.more=[0.5,0.9]", "checkpoint.ema_snapshots=8"])
