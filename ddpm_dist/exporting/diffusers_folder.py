@@ -11,6 +11,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ddpm_dist.diffusion.variance import VARIANCES
 from ddpm_dist.errors import ConfigError
@@ -21,6 +24,9 @@ from ddpm_dist.loading import LoadedRun
 from ddpm_dist.models import unet
 from ddpm_dist.run.files import appearing
 from ddpm_dist.run.weights_file import TO_INSTALL, plain
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -56,12 +62,23 @@ def write_diffusers_folder(run: LoadedRun, out: Path, license_id: str | None) ->
 
 def _write_unet2d(run: LoadedRun, folder: Path) -> None:
     """The network and model_index.json, as diffusers itself writes them."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler
 
-    network = UNet2DModel.from_config(run.network.config)
+    network = as_diffusers_has_it(run.network)
     network.load_state_dict(plain(run.network.state_dict()))
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     DDPMPipeline(network, scheduler).save_pretrained(folder)
+
+
+def as_diffusers_has_it(network: nn.Module) -> UNet2DModel:
+    """diffusers' own class in place of ours, which derives from it; with new weights.
+
+    Args:
+        network: made for model.name=unet2d.
+    """
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_config(network.config)
 
 
 def _write_unet(run: LoadedRun, folder: Path) -> None:
