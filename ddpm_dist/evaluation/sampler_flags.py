@@ -81,7 +81,11 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="ddim, ddpm, dpm++, heun; or diffusers:CLASS, one of its schedulers [ddim]",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="timesteps to visit [50; ddpm: all]")
-    parser.add_argument("--spacing", metavar="NAME", help="which ones: even, leading, trailing, quadratic [even]")
+    parser.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help="which ones: even, leading, trailing, quadratic, log_snr [even; log_snr for dpm++ and heun]",
+    )
     parser.add_argument("--eta", type=float, metavar="X", help="noise that ddim adds, 0 to 1 [0]")
     parser.add_argument(
         "--variance", metavar="NAME", help="noise that ddpm adds: fixed_large, fixed_small, learned [as trained]"

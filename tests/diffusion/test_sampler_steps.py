@@ -17,7 +17,7 @@ from ddpm_dist.diffusion.predictions import PREDICTIONS
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions, find_sampler
 from ddpm_dist.diffusion.samplers.spacing import SPACINGS
-from ddpm_dist.diffusion.schedules import linear_betas
+from ddpm_dist.diffusion.schedules import SCHEDULES, linear_betas
 from ddpm_dist.diffusion.variance import VARIANCES
 
 T = 1000
@@ -27,6 +27,9 @@ Array = np.ndarray[Any, Any]
 
 def normal(seed: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+LINEAR = GaussianDiffusion(linear_betas(T))
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
@@ -88,8 +91,9 @@ def spelled(name: str, value: object) -> str:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("num_timesteps", [2, 10, 999, 1000])
 def test_every_number_of_steps_gives_so_many_timesteps_that_fall(spacing: str, num_timesteps: int) -> None:
+    process = GaussianDiffusion(linear_betas(num_timesteps))
     for steps in {1, 2, num_timesteps // 2 + 1, num_timesteps - 1, num_timesteps, *range(1, min(num_timesteps, 60))}:
-        visited = SamplerOptions(steps=steps, spacing=spacing).timesteps(num_timesteps)
+        visited = SamplerOptions(steps=steps, spacing=spacing).timesteps(process)
         assert len(set(visited)) == len(visited) == steps
         assert visited == sorted(visited, reverse=True)
         assert 0 <= visited[-1] <= visited[0] < num_timesteps
@@ -100,13 +104,27 @@ def test_every_number_of_steps_gives_so_many_timesteps_that_fall(spacing: str, n
 def test_spacings_are_those_of_diffusers(spacing: str, steps: int) -> None:
     scheduler = DDIMScheduler(T, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    assert SamplerOptions(steps=steps, spacing=spacing).timesteps(T) == scheduler.timesteps.tolist()
+    assert SamplerOptions(steps=steps, spacing=spacing).timesteps(LINEAR) == scheduler.timesteps.tolist()
 
 
 def test_quadratic_spacing_is_that_of_the_authors() -> None:
     """Their code: [int(s) for s in np.linspace(0, np.sqrt(T * 0.8), steps) ** 2]; twice the same for many steps."""
     theirs = [int(s) for s in np.linspace(0, np.sqrt(T * 0.8), 20) ** 2]
-    assert SamplerOptions(steps=20, spacing="quadratic").timesteps(T) == theirs[::-1]
+    assert SamplerOptions(steps=20, spacing="quadratic").timesteps(LINEAR) == theirs[::-1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_log_snr_spacing_is_even_in_the_logarithm_of_the_snr(schedule: str, zero_terminal_snr: bool) -> None:
+    process = GaussianDiffusion(SCHEDULES[schedule](T, 1e-4, 0.02), zero_terminal_snr=zero_terminal_snr)
+    visited = SamplerOptions(steps=15, spacing="log_snr").timesteps(process)
+    assert (visited[0], visited[-1]) == (T - 1, 0)
+    half_log_snr = 0.5 * torch.logit(torch.tensor(process.exact_alphas_cumprod, dtype=torch.float64))
+    start = max(float(half_log_snr[-1]), -5.1)
+    wanted = torch.linspace(start, float(half_log_snr[0]), 15, dtype=torch.float64)[1:]
+    found = half_log_snr[visited[1:]]
+    nearest = (half_log_snr[:, None] - wanted).abs().min(0).values
+    torch.testing.assert_close((found - wanted).abs(), nearest)
 
 
 # DDIM
@@ -175,7 +193,7 @@ def test_ancestral_sampling_is_that_of_the_process_of_fewer_timesteps(
 ) -> None:
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=zero_terminal_snr)
     options = SamplerOptions(steps=steps, variance=variance)
-    theirs = ancestral_in_float64(alphas_cumprod_of(zero_terminal_snr), options.timesteps(T), variance, clip)
+    theirs = ancestral_in_float64(alphas_cumprod_of(zero_terminal_snr), options.timesteps(process), variance, clip)
     assert_close(draw("ddpm", process, options, clip=clip), theirs)
 
 
@@ -196,7 +214,7 @@ def test_a_learned_variance_lies_between_those_of_the_larger_steps(steps: int, z
     drawn = SAMPLERS["ddpm"].sample(
         denoiser, process, normal(1), lambda: torch.randn(SHAPE, generator=generator), options, lambda: None
     )
-    alphas_cumprod, visited = alphas_cumprod_of(zero_terminal_snr), options.timesteps(T)
+    alphas_cumprod, visited = alphas_cumprod_of(zero_terminal_snr), options.timesteps(process)
     theirs = ancestral_in_float64(alphas_cumprod, visited, "learned", False, weight.double().numpy())
     assert_close(drawn, theirs)
 
@@ -204,14 +222,14 @@ def test_a_learned_variance_lies_between_those_of_the_larger_steps(steps: int, z
 # DPM-Solver++ and Heun
 
 
-@pytest.mark.parametrize("spacing", ["even", "trailing"])
+@pytest.mark.parametrize("spacing", ["even", "trailing", "log_snr"])
 @pytest.mark.parametrize("steps", [2, 3, 10, 20, 50])
 def test_dpm_solver_is_that_of_diffusers(steps: int, spacing: str) -> None:
     """Its default is the midpoint form, 2M; sigmas_type zero makes its last step one of first order to x_0."""
     process, options = GaussianDiffusion(linear_betas(T)), SamplerOptions(steps=steps, spacing=spacing)
     scheduler = DPMSolverMultistepScheduler(T, prediction_type="v_prediction", final_sigmas_type="zero")
     theirs = theirs_in_float64(scheduler, steps)
-    visited = options.timesteps(T)
+    visited = options.timesteps(process)
     theirs.set_timesteps(timesteps=visited)
     assert theirs.timesteps.tolist() == visited
     a = alphas_cumprod_of()[visited]
@@ -227,7 +245,10 @@ def test_dpm_solver_from_pure_noise_is_algorithm_2_of_the_paper(steps: int) -> N
     """Lu et al. 2022: D = (1 + 1 / 2r) x_0(t_{i-1}) - 1 / 2r x_0(t_{i-2}), r = h_{i-1} / h_i; here h_1 = ∞."""
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=True)
     options = SamplerOptions(steps=steps)
-    visited, kept = options.timesteps(T), [*alphas_cumprod_of(True)[options.timesteps(T)]]
+    visited, kept = (
+        options.timesteps(process, "log_snr"),
+        [*alphas_cumprod_of(True)[options.timesteps(process, "log_snr")]],
+    )
     with np.errstate(divide="ignore"):
         half_log_snr = 0.5 * np.log(np.array(kept) / (1 - np.array(kept)))
     x, outputs = normal(1).double().numpy(), list[Array]()
@@ -250,7 +271,7 @@ def test_heun_is_algorithm_1_of_karras(steps: int, zero_terminal_snr: bool) -> N
     """Karras et al. 2022 in x̂ = x / sqrt(ᾱ) over σ = sqrt((1 - ᾱ) / ᾱ). From σ = ∞, x_T is all noise: x̂ = σ ε there."""
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=zero_terminal_snr)
     options = SamplerOptions(steps=steps)
-    visited = options.timesteps(T)
+    visited = options.timesteps(process, "log_snr")
     kept = alphas_cumprod_of(zero_terminal_snr)[visited]
 
     def image(scaled: Array, i: int) -> Array:
@@ -400,7 +421,7 @@ def test_what_does_not_fit_is_refused_with_what_would(sampler: str, options: Sam
 def test_spacings_that_begin_below_the_last_timestep_are_refused_with_zero_terminal_snr() -> None:
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=True)
     for spacing in ("leading", "quadratic"):
-        with pytest.raises(ValueError, match=f"--spacing {spacing}: .*valid: even, trailing"):
+        with pytest.raises(ValueError, match=f"--spacing {spacing}: .*valid: even, log_snr, trailing"):
             SAMPLERS["ddim"].settle("ddim", SamplerOptions(spacing=spacing), process, spelled)
     SAMPLERS["ddim"].settle("ddim", SamplerOptions(spacing="trailing"), process, spelled)
 

@@ -71,7 +71,7 @@ def sample(
 
 
 def ddim_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    return SamplerOptions(steps=num_steps).timesteps(num_timesteps)
+    return SamplerOptions(steps=num_steps).timesteps(GaussianDiffusion(linear_betas(num_timesteps)))
 
 
 def normal(num: int, seed: int) -> Tensor:

@@ -36,7 +36,7 @@ def ddpm_sample(
     """
     x = x_T
     options = replace(options, steps=ddpm_calls(options, process))
-    timesteps = options.timesteps(process.num_timesteps)
+    timesteps = options.timesteps(process)
     spaced = process.respaced(timesteps[::-1])
     respaced = spaced is not process
     for index, step in zip(reversed(range(len(timesteps))), timesteps, strict=True):

@@ -34,7 +34,7 @@ def ddim_sample(
         ValueError: options.steps is not in 1 .. T.
     """
     x = x_T
-    timesteps = options.timesteps(process.num_timesteps)
+    timesteps = options.timesteps(process)
     for step, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
         t = torch.full((len(x),), step, dtype=torch.long, device=x.device)
         x_start, eps = denoiser(x, t)[:2]

@@ -22,12 +22,12 @@ def dpm_solver_sample(
     options: SamplerOptions = NO_OPTIONS,
     on_step: Callable[[], None] = nothing,
 ) -> Tensor:
-    """DPM-Solver++(2M) over 50 evenly spaced timesteps, or options.steps and options.spacing. No noise is drawn.
+    """DPM-Solver++(2M) over 50 timesteps at even distances in log SNR, or as options say. No noise is drawn.
 
     Lu et al. 2022, algorithm 2 (arXiv:2211.01095). It solves the ODE whose variable is λ = log(α / σ), half the
     logarithm of the SNR, with α = sqrt(ᾱ_t) and σ = sqrt(1 - ᾱ_t): x_0 is extrapolated along λ from the last two
-    timesteps. The first step has no timestep before it, and the one to the image has no end in λ: both are of first
-    order. `Sample` describes the arguments.
+    timesteps. With even timesteps the last steps in λ would be far too long for that. The first step has no timestep
+    before it, and the one to the image has no end in λ: both are of first order. `Sample` describes the arguments.
 
     Returns:
         float32 [B, ...], in [-1, 1] if the denoiser clips.
@@ -36,7 +36,7 @@ def dpm_solver_sample(
         ValueError: options.steps is not in 1 .. T.
     """
     x, before = x_T, None
-    timesteps = options.timesteps(process.num_timesteps)
+    timesteps = options.timesteps(process, "log_snr")
     for index, step in enumerate(timesteps):
         x_start = denoiser(x, torch.full((len(x),), step, dtype=torch.long, device=x.device)).x_start
         on_step()

@@ -24,7 +24,7 @@ def heun_sample(
     options: SamplerOptions = NO_OPTIONS,
     on_step: Callable[[], None] = nothing,
 ) -> Tensor:
-    """Heun's method over 50 evenly spaced timesteps, or options.steps and options.spacing. No noise is drawn.
+    """Heun's method over 50 timesteps at even distances in log SNR, or as options say. No noise is drawn.
 
     Karras et al. 2022, algorithm 1 (arXiv:2206.00364), for this process: s_t = sqrt(ᾱ_t), σ_t = sqrt((1 - ᾱ_t) / ᾱ_t),
     and the derivative dx̂/dσ of x̂ = x / s is ε. The step to the image is Euler's, as in the paper; so is the one from
@@ -43,7 +43,7 @@ def heun_sample(
         on_step()
         return x_start, eps
 
-    x, timesteps = x_T, options.timesteps(process.num_timesteps)
+    x, timesteps = x_T, options.timesteps(process, "log_snr")
     for step, following in itertools.pairwise(timesteps):
         x_start, eps = denoised(x, step)
         x = ddim_step(process, x_start, eps, following)
@@ -57,5 +57,5 @@ def heun_sample(
 
 def heun_calls(options: SamplerOptions, process: GaussianDiffusion) -> int:
     """How often `heun_sample` calls the denoiser."""
-    timesteps = options.timesteps(process.num_timesteps)
+    timesteps = options.timesteps(process, "log_snr")
     return 1 + sum(2 if process.exact_alphas_cumprod[step] else 1 for step in timesteps[:-1])

@@ -26,7 +26,7 @@ class SamplerOptions:
 
     Attributes:
         steps: number of timesteps to visit, 1 .. T.
-        spacing: which ones they are, a name in SPACINGS; None is even.
+        spacing: which ones they are, a name in SPACINGS.
         eta: how much noise DDIM adds at each step, 0 .. 1; None is 0, 1 is as much as ancestral sampling does.
         variance: of the noise that ancestral sampling adds: fixed_large is β_t, fixed_small β̃_t, learned what the
             network says. None is learned if the network learns it, and fixed_large otherwise.
@@ -49,19 +49,20 @@ class SamplerOptions:
         """
         return min(DEFAULT_STEPS, num_timesteps) if self.steps is None else self.steps
 
-    def timesteps(self, num_timesteps: int) -> list[int]:
+    def timesteps(self, process: GaussianDiffusion, spacing: str = "even") -> list[int]:
         """The timesteps to visit, each in [0, T-1], falling.
 
         Args:
-            num_timesteps: T.
+            process: the forward process.
+            spacing: a name in SPACINGS, which is used unless another one was chosen.
 
         Raises:
             ValueError: steps is not in 1 .. T.
         """
-        steps = self.num_steps(num_timesteps)
-        if not 1 <= steps <= num_timesteps:
-            raise ValueError(f"steps={steps}: expected 1 .. {num_timesteps}")
-        return SPACINGS[self.spacing or "even"](num_timesteps, steps)
+        steps = self.num_steps(process.num_timesteps)
+        if not 1 <= steps <= process.num_timesteps:
+            raise ValueError(f"steps={steps}: expected 1 .. {process.num_timesteps}")
+        return SPACINGS[self.spacing or spacing](process, steps)
 
 
 NO_OPTIONS = SamplerOptions()
