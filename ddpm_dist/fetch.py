@@ -2,7 +2,7 @@
 
     python -m ddpm_dist.fetch mnist
     python -m ddpm_dist.fetch cifar10 data.root=/scratch/data
-    python -m ddpm_dist.fetch --config configs/cifar10.yaml
+    python -m ddpm_dist.fetch --config configs/cifar10-ho2020.yaml
 
 NAME is mnist, fashion-mnist or cifar10; with --config it may be left out. A set that is there
 already is read, to see that it is whole, and is not fetched again. Several commands may fetch into

@@ -93,7 +93,7 @@ class Job(LocalRanks):
     """Ranks of the train command, or of another function that a test brings. Leaving the `with` ends them."""
 
     def __init__(self, world_size: int, log: Path, function: Callable[..., int], args: tuple[Any, ...]) -> None:
-        preload = ["ddpm_dist.training.session", "torch._dynamo", "matplotlib.figure"]
+        preload = ["ddpm_dist.training.session", "torch._dynamo", "matplotlib.figure", "ddpm_dist.models.unet2d"]
         super().__init__(world_size, log, _as_launched, (world_size, function, args), preload)
 
     @staticmethod

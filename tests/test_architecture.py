@@ -360,7 +360,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_there_are_configs_to_check() -> None:
-    assert {"quickstart.yaml", "mnist.yaml", "cifar10.yaml"} <= {path.name for path in CONFIGS}
+    assert {"quickstart.yaml", "mnist.yaml", "cifar10-ho2020.yaml"} <= {path.name for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
