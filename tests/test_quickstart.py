@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_dist.build import build_model
 from ddpm_dist.config import Config, load_config
-from ddpm_dist.data.datasets import IDX_FILES
+from ddpm_dist.data.datasets import IDX_FILES, IDX_LABELS
 from ddpm_dist.data.in_memory import ImagesInMemory, read_mnist5k
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = path / "data" / IDX_FILES["mnist"]
     file.parent.mkdir(parents=True)
     file.write_bytes(struct.pack(">4i", 0x803, *pixels.shape) + pixels.tobytes())
+    labels = np.repeat(np.arange(10, dtype=np.uint8), TRAINING_IMAGES)
+    (path / "data" / IDX_LABELS["mnist"]).write_bytes(struct.pack(">2i", 0x801, len(labels)) + labels.tobytes())
     return path
 
 
@@ -202,3 +204,24 @@ def test_nobody_needs_to_squint_at_its_digits(verdict: Verdict) -> None:
     assert verdict.sure >= 0.60, verdict
     assert verdict.rarest > 0.04, verdict
     assert verdict.entropy > 0.96, verdict
+
+
+# Its recipe with labels
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_judge_sees_the_digit_that_was_asked_for(judge: Judge, root: Path) -> None:
+    """A tenth of the quick start's training. Without guidance, the judge agrees for 8 in 10 of the images."""
+    options = ["data.name=mnist", f"data.root={root / 'data'}", f"run.root={root}", "run.name=labelled"]
+    options += ["model.class_labels=true", "train.max_steps=400", "optim.warmup_steps=50", "ema.decay=0.98"]
+    options += ["train.threads=1", "checkpoint.every=400", "preview.num_images=0", "tracking.enabled=false"]
+    train = [sys.executable, "-m", "ddpm_dist.train", "--config", str(CONFIG), *options]
+    draw = [sys.executable, "-m", "ddpm_dist.sample", str(root / "labelled"), "--class", "all", "--guidance", "3"]
+    draw += ["--num", "500", "--steps", "10", "--out", str(root / "labelled.npz")]
+    for command in (train, draw):
+        subprocess.run(command, check=True, timeout=600, cwd=ROOT)
+    with np.load(root / "labelled.npz") as archive:
+        images = torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2)
+    asked = torch.arange(len(images)) % 10
+    assert (judge.probabilities(images)[:, :NO_DIGIT].argmax(1) == asked).double().mean() >= 0.95
