@@ -78,7 +78,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         default="ddim",
         metavar="NAME",
-        help="ddim, ddpm, dpm++, heun; or diffusers:CLASS, one of its schedulers [ddim]",
+        help="ddim, ddpm, dpm++, heun; or diffusers:CLASS, a scheduler of it [ddim]",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="timesteps to visit [50; ddpm: all]")
     parser.add_argument(
