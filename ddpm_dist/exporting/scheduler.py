@@ -54,7 +54,7 @@ def scheduler_of(run: LoadedRun) -> DDPMScheduler:
         "clip_sample": SAMPLERS["ddpm"].clip,
         "timestep_spacing": "trailing",
     }
-    if (name := BETA_SCHEDULES.get(diffusion.schedule)) and not diffusion.zero_terminal_snr:
+    if name := BETA_SCHEDULES.get(diffusion.schedule):
         scheduler = DDPMScheduler(**options, beta_schedule=name)
         if torch.allclose(scheduler.betas, betas, rtol=ROUNDING, atol=0):
             return scheduler
