@@ -225,7 +225,7 @@ def test_the_traceback_of_a_bug_is_shown_whole_and_torchrun_adds_none(tmp_path: 
 
 def test_max_restarts_of_torchrun_goes_on_at_the_checkpoint(tmp_path: Path) -> None:
     """torchrun keeps its store when it restarts the ranks, so it still holds what the killed ranks wrote into it."""
-    run, options = tmp_path / "run", ("train.max_steps=400", "checkpoint.every=10")
+    run, options = tmp_path / "run", ("train.max_steps=150", "checkpoint.every=10")
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     argv += ["-m", "ddpm_dist.train", *TINY, f"run.root={tmp_path}", "run.name=run", *options]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

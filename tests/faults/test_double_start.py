@@ -34,7 +34,7 @@ def test_of_many_simultaneous_starts_exactly_one_trains(tmp_path: Path) -> None:
             job = stack.enter_context(start(1, tmp_path, *LONG, function=call_train_hastily))
             job.log = tmp_path / f"{number}.log"
             jobs.append(job)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while sum(job.alive() for job in jobs) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -42,7 +42,7 @@ def test_of_many_simultaneous_starts_exactly_one_trains(tmp_path: Path) -> None:
         (holder,) = (job for job in jobs if job.alive())
         wait_for_step(holder, tmp_path / "run", 5, attempt=1)
         holder.signal(0, signal.SIGTERM)
-        assert holder.wait(30) == [75]
+        assert holder.wait() == [75]
     said = (tmp_path / "run.log").read_text()
     assert said.count("is being trained by attempt 1") == 7
     assert "Traceback" not in said
@@ -58,11 +58,11 @@ def test_a_sleeper_that_was_taken_over_writes_nothing_when_it_wakes_up(tmp_path:
         for rank in (0, 1):
             sleeper.signal(rank, signal.SIGSTOP)
         with start(2, tmp_path, *SHORT, function=call_train_hastily) as heir:
-            assert heir.wait(60) == [0, 0]
+            assert heir.wait() == [0, 0]
         before = {name: content for name, content in snapshot(run).items() if "00001.json" not in name}
         for rank in (0, 1):
             sleeper.signal(rank, signal.SIGCONT)
-        codes = sleeper.wait(60)
+        codes = sleeper.wait()
         assert codes[0] == 76, sleeper.output()
         assert codes[1] in (70, 76), sleeper.output()
         assert "was taken over by attempt 2" in sleeper.output()
@@ -79,7 +79,7 @@ def test_attempts_are_a_log_of_who_did_what_and_how_it_ended(tmp_path: Path) -> 
     with start(1, tmp_path, *LONG) as job:
         wait_for_step(job, run, 35, attempt=2)
         job.signal(0, signal.SIGUSR1)
-        assert job.wait(30) == [75]
+        assert job.wait() == [75]
     first, second = (json.loads((run / "attempts" / f"0000{number}.json").read_text()) for number in (1, 2))
     assert (first["start_step"], first["ended"], first.get("exit_code")) == (0, None, None)
     assert (second["start_step"], second["exit_code"], second["state"]) == (first["step"], 75, "preempted")

@@ -47,7 +47,7 @@ class Cluster:
                 argv, cwd=PROJECT, env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
 
-    def run(self, *argv: str, timeout: float = 60) -> tuple[int, str]:
+    def run(self, *argv: str, timeout: float = 120) -> tuple[int, str]:
         """(exit code, standard output and error together)."""
         done = subprocess.run(
             argv,
@@ -61,7 +61,7 @@ class Cluster:
         )
         return done.returncode, done.stdout
 
-    def batch(self, log: Path, *argv: str, timeout: float = 90) -> tuple[int, str]:
+    def batch(self, log: Path, *argv: str, timeout: float = 300) -> tuple[int, str]:
         """Submit a batch script and wait for its end. Returns (exit code, output)."""
         fields = self.wait_for_end(self.submit(log, *argv), log, timeout)
         return int(fields["ExitCode"].split(":")[0]), text_of(log)
@@ -77,11 +77,11 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", "--oneliner", job)[1]
         return dict(field.partition("=")[::2] for field in shown.split())
 
-    def wait_for_end(self, job: str, log: Path, timeout: float = 90) -> dict[str, str]:
+    def wait_for_end(self, job: str, log: Path, timeout: float = 300) -> dict[str, str]:
         """Wait until the job has ended for good; returns its fields. `sbatch --wait` would look too rarely."""
         return self.wait_for(job, ENDED, log, timeout)
 
-    def wait_for(self, job: str, states: Sequence[str], log: Path, timeout: float = 90) -> dict[str, str]:
+    def wait_for(self, job: str, states: Sequence[str], log: Path, timeout: float = 300) -> dict[str, str]:
         """Wait until the job is in one of these states; returns its fields."""
         deadline = time.monotonic() + timeout
         while (fields := self.job(job)).get("JobState") not in states:
@@ -89,7 +89,7 @@ class Cluster:
             time.sleep(0.1)
         return fields
 
-    def wait_until(self, condition: Callable[[], bool], what: str, log: Path, timeout: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, log: Path, timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{text_of(log)}"

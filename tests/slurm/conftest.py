@@ -12,10 +12,23 @@ from cluster import Cluster, cluster_of
 from harness import train
 from submitted import CONFIG, RUN, SubmittedRun
 
+# How long SLURM waits before it kills a job that it has told to stop: 60 s after a preemption, and 30 s, its own
+# default, after scancel. The batch script writes down how an attempt ended only after the launcher has ended, and that
+# takes long while other tests keep the machine busy. A job that ends sooner is not waited for.
+PATIENT = ("--grace", "60", "--kill-wait", "30")
+
 
 @pytest.fixture(scope="session")
 def running_cluster() -> Iterator[Cluster]:
-    with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "2") as cluster:
+    with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "2", *PATIENT) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def user_signal_cluster() -> Iterator[Cluster]:
+    """A cluster with preempt_send_user_signal: a preempted job gets its --signal instead of SIGTERM."""
+    size = ("--nodes", "3", "--cpus", "2", "--gpus", "0")
+    with cluster_of(*size, *PATIENT, "--preempt-user-signal") as cluster:
         yield cluster
 
 
@@ -34,7 +47,7 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of submitted.RUN, trained by one process without any cluster."""
     overrides = (*RUN, "--config", CONFIG)
-    return train(1, tmp_path_factory.mktemp("reference"), *overrides, name="undisturbed", timeout=200)
+    return train(1, tmp_path_factory.mktemp("reference"), *overrides, name="undisturbed", timeout=400)
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +57,10 @@ def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, S
     "lead" and "limit" are jobs with a time limit of one minute. SLURM signals "lead" some seconds before the limit,
     and "limit" only when the limit is reached. Each is cancelled during its third attempt. "crashing" dies before its
     first step, each time.
-
-    From scancel to SIGKILL a job has the 30 s that SLURM gives it by default, since the batch script writes down how an
-    attempt ended only after the launcher has ended, and other tests keep the machine busy meanwhile.
     """
     root, endless = tmp_path_factory.mktemp("unattended"), ("train.max_steps=1000000", "checkpoint.every=100000")
     size = ("--nodes", "4", "--cpus", "1", "--gpus", "0")
-    with cluster_of(*size, "--kill-wait", "30") as other, ThreadPoolExecutor() as threads:
+    with cluster_of(*size, *PATIENT) as other, ThreadPoolExecutor() as threads:
         # A process ignores SIGURG unless it asks for it, so "limit" notices nothing before its time is up.
         found = {
             name: SubmittedRun(other, root, (*RUN, *endless), ("--nodes=1", "--time=1", f"--signal={signal}"), name)
@@ -63,7 +73,7 @@ def unattended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, S
 
 
 def _cancel_third_attempt(run: SubmittedRun) -> None:
-    run.wait_for_step(1, attempt=3, timeout=400)
+    run.wait_for_step(1, attempt=3, timeout=900)
     run.cluster.run("scancel", run.job)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,31 @@ if TYPE_CHECKING:
     from cluster import Cluster
 
 CONFIG = "configs/quickstart.yaml"
-STEPS = 150
+STEPS = 100
 RUN = ("elastic.mode=bitwise", "optim.warmup_steps=2", "checkpoint.every=1000", f"train.max_steps={STEPS}")
+SLOW_MOTION = Path(__file__).parent / "slow_motion"
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
+
+
+@contextlib.contextmanager
+def slow_motion(cluster: Cluster, while_there: Path, seconds: float = 0.15) -> Iterator[None]:
+    """Jobs that are submitted inside the `with` train in slow motion, until their first restart.
+
+    Args:
+        cluster: the cluster that gets them.
+        while_there: a file; once it is removed, they train at full speed.
+        seconds: how long each step pauses.
+    """
+    while_there.write_text(str(seconds))
+    before = dict(cluster.environment)
+    path = os.pathsep.join((str(SLOW_MOTION), before["PYTHONPATH"]))
+    cluster.environment |= {"PYTHONPATH": path, "SLOW_MOTION": str(while_there)}
+    try:
+        yield
+    finally:
+        cluster.environment.clear()
+        cluster.environment.update(before)
 
 
 class SubmittedRun:
@@ -32,6 +54,8 @@ class SubmittedRun:
         overrides: `key=value`, for the config.
         options: options of sbatch.
         name: run.name.
+        slow: how many seconds each step pauses until the first restart, since the test is going to do something to the
+            run while it trains; 0 for full speed.
     """
 
     def __init__(
@@ -41,23 +65,30 @@ class SubmittedRun:
         overrides: Sequence[str],
         options: Sequence[str] = TWO_BY_TWO,
         name: str = "run",
+        slow: float = 0.0,
     ) -> None:
         self.cluster, self.root, self.overrides, self.name = cluster, root, tuple(overrides), name
         self.directory, self.log = root / name, root / f"{name}.out"
-        self.job = self.submit(options)
+        self.slow_motion = root / f"{name}.slow"
+        with slow_motion(cluster, self.slow_motion, slow) if slow else contextlib.nullcontext():
+            self.job = self.submit(options)
 
     def submit(self, options: Sequence[str], log: Path | None = None) -> str:
         """Submit the run, as one more job if it was submitted before. Returns the job's id."""
         keys = (*TINY, f"run.root={self.root}", f"run.name={self.name}", *self.overrides)
         return self.cluster.submit(log or self.log, *options, "slurm/train.sbatch", CONFIG, *keys)
 
+    def at_full_speed(self) -> None:
+        """End the slow motion."""
+        self.slow_motion.unlink()
+
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
         self.cluster.wait_until(condition, what, self.log, timeout)
 
-    def wait_for_step(self, step: int, attempt: int = 1, timeout: float = 60) -> None:
+    def wait_for_step(self, step: int, attempt: int = 1, timeout: float = 240) -> None:
         """Wait until this attempt has logged the step."""
         self.wait_until(
             lambda: any(line["attempt"] == attempt and line["step"] >= step for line in metrics(self.directory)),
@@ -65,7 +96,7 @@ class SubmittedRun:
             timeout,
         )
 
-    def wait_for_finish(self, timeout: float = 120) -> None:
+    def wait_for_finish(self, timeout: float = 300) -> None:
         fields = self.cluster.wait_for_end(self.job, self.log, timeout)
         assert fields["JobState"] == "COMPLETED", f"{fields}\n{self.output()}"
         assert self.status()["state"] == "finished", self.output()

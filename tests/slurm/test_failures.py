@@ -12,15 +12,15 @@ from submitted import ONE_NODE, RUN, SubmittedRun
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, (*RUN, "checkpoint.every=10"))
+    run = SubmittedRun(cluster, tmp_path, (*RUN, "checkpoint.every=10"), slow=0.15)
     run.wait_for_step(25)
     cluster.control("crash", "node2")
     try:
-        run.wait_for_finish(180)
+        run.wait_for_finish()
     finally:
         cluster.control("restore", "node2")
     assert [line["nodes"] for line in run.slurm_log() if line["event"] == "begin"] == ["node[1-2]", "node[1,3]"]
@@ -30,13 +30,13 @@ def test_a_node_that_crashes_is_left_behind(cluster: Cluster, tmp_path: Path, re
 
 def test_an_attempt_that_slurm_believes_dead_writes_nothing_any_more(cluster: Cluster, tmp_path: Path) -> None:
     """Only slurmd dies: the tasks on its node go on training while SLURM restarts the job on another node."""
-    keys = ("optim.warmup_steps=2", "train.max_steps=12000", "checkpoint.every=50", "checkpoint.keep_last=2")
+    keys = ("optim.warmup_steps=2", "train.max_steps=1000000", "checkpoint.every=50", "checkpoint.keep_last=2")
     run = SubmittedRun(cluster, tmp_path, keys, ONE_NODE)
     run.wait_for_step(60)
     cluster.control("crash-slurmd", "node1")
     try:
-        run.wait_for_step(60, attempt=2, timeout=120)
-        run.wait_until(lambda: run.attempts()[0].get("ended") is not None, "the end of the first attempt", 60)
+        run.wait_for_step(60, attempt=2)
+        run.wait_until(lambda: run.attempts()[0].get("ended") is not None, "the end of the first attempt")
         cluster.run("scancel", run.job)
         run.wait_until(lambda: bool(run.ends()), "the end of the second attempt")
     finally:
@@ -71,8 +71,7 @@ def test_a_broken_config_fails_once(cluster: Cluster, tmp_path: Path, key: str, 
 def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
     cluster: Cluster, tmp_path: Path, reference: Path
 ) -> None:
-    pictures = ("preview.every=15", "preview.num_images=4")  # so that it still trains when the second job has started
-    run = SubmittedRun(cluster, tmp_path, (*RUN, *pictures), ONE_NODE)
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE, slow=1)  # it still trains when the second job has started
     run.wait_for_step(2)
     log = tmp_path / "second.out"
     second = run.submit(ONE_NODE, log)
@@ -81,6 +80,7 @@ def test_submitted_twice_the_second_says_who_holds_it_and_leaves(
     assert f"is being trained by attempt 1 (host node1, pid {run.attempts()[0]['pid']}, SLURM job {run.job})" in (
         log.read_text()
     )
+    run.at_full_speed()
     run.wait_for_finish()
     run.assert_same_bits_as(reference)
 

@@ -16,7 +16,7 @@ from cluster import PROJECT, Cluster, cluster_of, local_cluster, why_no_slurm
 from launch.local_cluster.description import load
 from launch.local_cluster.processes import all_pids, command_of, environment_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def tasks(cluster: Cluster, node: str) -> int:
@@ -69,14 +69,14 @@ def test_a_drill_that_is_stopped_takes_its_cluster_down(tmp_path: Path, stop: si
     with log.open("wb") as file:
         drill = subprocess.Popen(argv, cwd=PROJECT, stdout=file, stderr=file, start_new_session=True, preexec_fn=heed)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (found := re.match(r"up in .*; now: \. (.*)/env.sh\n", log.read_text())):
             assert drill.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
         state = Path(found[1])
         drill.send_signal(stop)
-        assert drill.wait(60) == 128 + stop
+        assert drill.wait(120) == 128 + stop
         assert not state.parent.exists()
         assert str(state) not in Path("/proc/mounts").read_text()
         assert "Traceback" not in log.read_text()

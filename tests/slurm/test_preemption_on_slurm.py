@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, cluster_of
+from cluster import Cluster
 from submitted import ONE_NODE, RUN, STEPS, SubmititRun, SubmittedRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def user_signal_cluster() -> Iterator[Cluster]:
-    """A cluster with preempt_send_user_signal: a preempted job gets its --signal instead of SIGTERM."""
-    with cluster_of("--nodes", "3", "--cpus", "2", "--gpus", "0", "--preempt-user-signal") as other:
-        yield other
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("kind", [SubmittedRun, SubmititRun], ids=["sbatch", "submitit"])
@@ -25,7 +17,7 @@ def test_preempted_by_a_job_of_higher_priority(
     request: pytest.FixtureRequest, tmp_path: Path, reference: Path, kind: type[SubmittedRun], signal: str
 ) -> None:
     cluster = request.getfixturevalue("cluster" if signal == "SIGTERM" else "user_signal_cluster")
-    run = kind(cluster, tmp_path, (*RUN, "tracking.enabled=true"))
+    run = kind(cluster, tmp_path, (*RUN, "tracking.enabled=true"), slow=0.15)
     run.wait_for_step(20)
     cluster.preempt()
     run.wait_for_finish()
@@ -38,7 +30,7 @@ def test_preempted_by_a_job_of_higher_priority(
 
 
 def test_requeued_by_an_admin_onto_one_node_instead_of_two(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN)
+    run = SubmittedRun(cluster, tmp_path, RUN, slow=0.15)
     run.wait_for_step(20)
     cluster.run("scontrol", "requeue", run.job)
     cluster.wait_for(run.job, ["PENDING"], run.log)
@@ -50,7 +42,7 @@ def test_requeued_by_an_admin_onto_one_node_instead_of_two(cluster: Cluster, tmp
 
 
 def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -> None:
-    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE, slow=0.15)
     run.wait_for_step(20)
     cluster.run("scancel", run.job)
     assert cluster.wait_for_end(run.job, run.log)["JobState"] == "CANCELLED"
@@ -64,7 +56,7 @@ def test_cancelled_by_its_user_stays_stopped(cluster: Cluster, tmp_path: Path) -
 
 def test_a_signal_to_the_batch_shell_saves_and_comes_back(cluster: Cluster, tmp_path: Path, reference: Path) -> None:
     """With --signal=B:USR2@120 only the batch shell gets the signal. The script has to pass it on to the tasks."""
-    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
+    run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE, slow=0.15)
     run.wait_for_step(20)
     assert cluster.run("scancel", "--batch", "--signal=USR2", run.job)[0] == 0
     run.wait_for_finish()
@@ -77,14 +69,14 @@ def test_a_signal_before_there_are_tasks_is_remembered(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python, real = tmp_path / "python", cluster.environment["PYTHON"]
-    python.write_text(
-        f'#!/bin/sh\n[ -e {tmp_path}/slept ] || {{ touch {tmp_path}/slept; sleep 3; }}\nexec {real} "$@"\n'
-    )
+    wait = f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/signalled ]; do sleep 0.1; done; sleep 2"
+    python.write_text(f'#!/bin/sh\n[ -e {tmp_path}/begun ] || {{ {wait}; }}\nexec {real} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setitem(cluster.environment, "PYTHON", str(python))
     run = SubmittedRun(cluster, tmp_path, RUN, ONE_NODE)
-    run.wait_until((tmp_path / "slept").exists, "the start of the batch script")
+    run.wait_until((tmp_path / "begun").exists, "the start of the batch script")
     assert cluster.run("scancel", "--batch", "--signal=USR2", run.job)[0] == 0
+    (tmp_path / "signalled").touch()
     run.wait_for_finish()
     assert run.ends() == [("none", "again"), ("0", "none")]
     assert len(run.attempts()) == 1
@@ -96,7 +88,7 @@ def test_where_slurm_cancels_and_does_not_requeue_a_successor_goes_on(
 ) -> None:
     cluster.run("scontrol", "update", "partition=low", "preemptmode=cancel")
     try:
-        run = kind(cluster, tmp_path, RUN, ONE_NODE)
+        run = kind(cluster, tmp_path, RUN, ONE_NODE, slow=0.15)
         cluster.run("scontrol", "update", f"jobid={run.job}", "requeue=0")
         run.wait_for_step(20)
         cluster.preempt()

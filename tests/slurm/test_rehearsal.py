@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from cluster import why_no_slurm
-from documents import ROOT, commands_in
-from scratch import execute, make_checkout
+from documents import ROOT, Entry, commands_in
+from scratch import copy_of, execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -17,7 +17,7 @@ ELSEWHERE = ("--time 4:00:00", "--partition high", "runs/quickstart")
 FIRST, LAST = "export LOCAL_SLURM_STATE=$(mktemp -d)", "slurm/local-cluster down"
 
 
-def test_the_rehearsal_of_the_page_works_as_printed(tmp_path: Path) -> None:
+def test_the_rehearsal_of_the_page_works_as_printed(checkout: Path, tmp_path: Path) -> None:
     if lack := why_no_slurm():
         pytest.skip(lack)
     page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
@@ -25,11 +25,9 @@ def test_the_rehearsal_of_the_page_works_as_printed(tmp_path: Path) -> None:
     typed = typed[typed.index(FIRST) : typed.index(LAST) + 1]
     typed = [text for text in typed if not any(word in text for word in ELSEWHERE)]
     assert len(typed) == 10
-    checkout = tmp_path / "ddpm_dist"
-    checkout.mkdir()
-    make_checkout(checkout)
+    folder = copy_of(checkout, tmp_path / "ddpm_dist", Entry("the rehearsal"))
     end = f"trap '{LAST}' EXIT"  # also where a command fails
-    code, output = execute(checkout, "\n".join(["set -e", typed[0], end, *typed[1:]]), seconds=800)
+    code, output = execute(folder, "\n".join(["set -e", typed[0], end, *typed[1:]]), seconds=800)
     assert code == 0, output
     assert "Traceback" not in output
     for lr in ("1e-3", "2e-3"):

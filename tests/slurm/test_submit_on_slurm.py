@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import TINY, metrics, status
-from submitted import CONFIG, RUN, STEPS
+from submitted import CONFIG, RUN, STEPS, slow_motion
 
 if TYPE_CHECKING:
     from cluster import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def test_a_sweep_is_an_array_whose_tasks_come_back_one_by_one(cluster: Cluster, tmp_path: Path) -> None:
@@ -27,13 +27,14 @@ def test_a_sweep_is_an_array_whose_tasks_come_back_one_by_one(cluster: Cluster, 
     keys = (*TINY, *RUN, f"run.root={tmp_path}", "run.name=sweep")
     argv = (sys.executable, "-m", "launch.submit", "--config", CONFIG, *sizes, f"--python={python}", *keys)
     log, runs = tmp_path / "submit.out", [tmp_path / f"sweep-seed={seed}" for seed in (0, 1)]
-    submit = cluster.popen(argv, log)
+    with slow_motion(cluster, tmp_path / "slow"):
+        submit = cluster.popen(argv, log)
     try:
         cluster.wait_until(lambda: all(len(metrics(run)) >= 20 for run in runs), "step 20 of both", log)
         shown = cluster.run("squeue", "--noheader", "--format=%A %F %K", "--array")[1].split("\n")
         assert len({line.split()[1] for line in shown if line}) == 1, "one array"
         cluster.preempt()
-        assert submit.wait(200) == 0, log.read_text()
+        assert submit.wait(400) == 0, log.read_text()
     finally:
         submit.kill()
         submit.wait()

@@ -9,13 +9,13 @@ import pytest
 from harness import metrics
 from submitted import SubmittedRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("name", ["lead", "limit"])
 def test_the_time_limit_is_reached_twice(unattended: dict[str, SubmittedRun], name: str) -> None:
     run = unattended[name]
-    run.wait_until(lambda: len(run.ends()) == 3, "the end of the third attempt", 390)
+    run.wait_until(lambda: len(run.ends()) == 3, "the end of the third attempt", 800)
     # Without a lead SLURM kills the job after KillWait: the restart is ordered before the exit code is known.
     code = "75" if name == "lead" else "none"
     assert run.ends() == [(code, "again"), (code, "again"), ("75", "none")]
