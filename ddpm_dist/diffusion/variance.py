@@ -1,6 +1,7 @@
 """The variance of the reverse step p(x_{t-1} | x_t): two that are fixed, and one that the network learns.
 
-To add a variance: write a class with the members of `Variance`, and enter it in VARIANCES.
+To add a variance: write a class with the members of `Variance`, enter it in VARIANCES, and say in samplers/ancestral.py
+how it draws; what is entered there alone is drawn from with β.
 """
 
 from __future__ import annotations
