@@ -14,7 +14,7 @@ from ddpm_dist.data.images import Images
 from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS, Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
-from ddpm_dist.diffusion.samplers import SAMPLERS
+from ddpm_dist.diffusion.samplers import SAMPLERS, Sampler, SamplerOptions, find_sampler
 from ddpm_dist.diffusion.schedules import SCHEDULES
 from ddpm_dist.diffusion.timesteps import TIMESTEP_SAMPLERS
 from ddpm_dist.diffusion.variance import VARIANCES, Variance
@@ -39,11 +39,13 @@ TABLES: dict[str, Mapping[str, Any]] = {
 def check_names(config: Config) -> None:
     """Check that each name of the config stands in its table, and that the chosen network accepts the model section.
 
+    The sampler of the previews is left to `build_preview_sampler`: images can be drawn without it.
+
     Raises:
         ConfigError: the message says the key, the value and what would be valid.
     """
     for key, name in named_parts(config).items():
-        if key != "model.name" and name not in TABLES[key]:
+        if key not in ("model.name", "preview.sampler") and name not in TABLES[key]:
             raise ConfigError(f"{key}={name}: expected one of {', '.join(TABLES[key])}")
     try:
         network, options = _network(config)
@@ -79,6 +81,44 @@ def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
 def build_variance(config: Config, process: GaussianDiffusion) -> Variance:
     """Build the config's variance of the reverse steps; the network has its `num_parts` times the images' channels."""
     return VARIANCES[config.diffusion.variance](process)
+
+
+def build_preview_sampler(config: Config, process: GaussianDiffusion) -> tuple[Sampler, SamplerOptions]:
+    """Build the sampler of the previews, and its options.
+
+    Args:
+        process: the forward process.
+
+    Raises:
+        ConfigError: there is no such sampler, or it cannot do what the keys say; the message says what would be valid.
+    """
+    preview = config.preview
+    options = SamplerOptions(
+        steps=preview.steps,
+        spacing=preview.spacing,
+        eta=preview.eta,
+        variance=preview.variance,
+        clip=preview.clip,
+        dynamic_threshold=preview.dynamic_threshold,
+    )
+
+    def spelled(name: str, value: object) -> str:
+        return f"preview.{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+    try:
+        sampler = find_sampler(preview.sampler)
+    except ValueError as error:
+        raise ConfigError(spelled("sampler", error)) from None
+    try:
+        return sampler, sampler.settle(preview.sampler, options, process, spelled, config.diffusion.variance)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_previews(config: Config) -> None:
+    """Check the sampler of the previews, if there are any. Raises ConfigError; see `build_preview_sampler`."""
+    if config.preview.num_images:
+        build_preview_sampler(config, build_process(config, torch.device("cpu")))
 
 
 def build_loss(config: Config, process: GaussianDiffusion, autocast: Autocast) -> DenoisingLoss:

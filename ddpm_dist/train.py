@@ -78,10 +78,11 @@ def _main(argv: Sequence[str] | None) -> tuple[int, int]:
             return _answer(describe_keys()), rank
         config = load_config(args.config, args.overrides)
         check_world_size(config, env.world_size)
-        if args.dry_run and named_parts(config) != named_parts(Config()):
-            from ddpm_dist.build import check_names  # it takes torch, and so two seconds
+        if args.dry_run and (named_parts(config) != named_parts(Config()) or config.preview != Config().preview):
+            from ddpm_dist.build import check_names, check_previews  # it takes torch, and so two seconds
 
             check_names(config)
+            check_previews(config)
     except UserError as error:
         return refuse_on_all(error, rank), rank
     if args.dry_run or args.where or args.for_sbatch:

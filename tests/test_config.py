@@ -512,7 +512,7 @@ def test_a_missing_file_and_a_folder_are_refused_with_their_names(tmp_path: Path
         (["diffusion.beta_start=0.03"], ["diffusion.beta_start", "diffusion.beta_end"]),
         (["optim.weight_decay=0.1"], ["optim.weight_decay=0.1", "optim.name=adam,", "optim.name=adamw"]),
         (["preview.steps=1001"], ["preview.steps=1001", "diffusion.num_timesteps=1000"]),
-        (["diffusion.num_timesteps=40"], ["preview.steps=50", "diffusion.num_timesteps=40"]),
+        (["diffusion.num_timesteps=40", "preview.steps=50"], ["preview.steps=50", "diffusion.num_timesteps=40"]),
         (["optim.schedule=cosine", "optim.warmup_steps=9", "train.max_steps=9"], ["optim.warmup_steps=9"]),
         (
             ["optim.schedule=cosine", "optim.warmup_steps=9", "optim.decay_steps=8", "train.max_steps=99"],

@@ -52,7 +52,7 @@ def flops(config: Config) -> float:
         model(x, t)
     steps = config.target(5000)
     grids = len({*range(config.preview.every, steps + 1, config.preview.every), steps})
-    calls = grids * config.preview.num_images * config.preview.steps
+    calls = grids * config.preview.num_images * (config.preview.steps or 50)
     trained = steps * config.data.batch_size
     return float(trained * both_ways.get_total_flops() + calls * forward.get_total_flops())
 

@@ -260,7 +260,7 @@ def test_a_denoiser(sampler: Sampler) -> None:
 
 def with_jumping_previews(argv: Sequence[str]) -> int:
     SAMPLERS["jump"] = JUMP
-    return call_train([*argv, "preview.sampler=jump"])
+    return call_train([*argv, "preview.sampler=jump", "preview.steps=null"])
 
 
 def test_a_sampler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

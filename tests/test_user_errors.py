@@ -391,10 +391,10 @@ def test_status_says_how_a_start_failed_before_its_first_step(root: Path) -> Non
     [
         ("diffusion.schedule", "linear, scaled_linear, cosine, sigmoid"),
         ("diffusion.prediction", "eps, x0, v"),
-        ("loss.weighting", "simple, min_snr, p2"),
+        ("loss.weighting", "simple, min_snr, p2, vlb"),
         ("loss.timestep_sampler", "uniform"),
-        ("model.name", "unet"),
-        ("preview.sampler", "ddim, ddpm"),
+        ("model.name", "unet, unet2d, or package.module:function"),
+        ("preview.sampler", "ddim, ddpm, dpm++, heun; or diffusers:CLASS, a scheduler of diffusers"),
     ],
 )
 def test_name_that_is_in_no_table_is_refused_with_the_valid_ones(

@@ -104,7 +104,7 @@ def _check_diffusion(config: Config) -> None:
             "diffusion.zero_terminal_snr=true: not with diffusion.prediction=eps, since the noise of the last timestep "
             "says nothing about the image; valid: v, x0"
         )
-    if config.preview.num_images and config.preview.steps > config.diffusion.num_timesteps:
+    if config.preview.num_images and (config.preview.steps or 1) > config.diffusion.num_timesteps:
         raise ConfigError(
             f"preview.steps={config.preview.steps}: at most diffusion.num_timesteps={config.diffusion.num_timesteps}"
         )

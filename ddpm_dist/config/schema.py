@@ -194,8 +194,21 @@ class PreviewConfig:
 
     every: int = key(1000, "steps between sample grids (0: only at the end)", minimum=0, free=True)
     num_images: int = key(64, "images in a grid (0: no grids)", minimum=0, free=True)
-    sampler: str = key("ddim", "ddim takes seconds, ddpm all timesteps", free=True, named=True)
-    steps: int = key(50, "timesteps that ddim visits", minimum=1, free=True)
+    sampler: str = key(
+        "ddim", "dpm++ and heun need fewer steps; or diffusers:CLASS, a scheduler of diffusers", free=True, named=True
+    )
+    steps: int | None = key(None, "timesteps to visit (null: 50, or all with ddpm)", minimum=1, free=True)
+    spacing: str | None = key(
+        None, "which ones: even, leading, trailing, quadratic, log_snr (null: the sampler's own)", free=True
+    )
+    eta: float | None = key(None, "noise that ddim adds, 0 to 1 (null: 0)", minimum=0.0, free=True)
+    variance: str | None = key(
+        None, "of the noise that ddpm adds: fixed_large, fixed_small, learned (null: diffusion.variance)", free=True
+    )
+    clip: bool | None = key(None, "clip x_0 to [-1, 1] at each step (null: all samplers but ddpm do)", free=True)
+    dynamic_threshold: float | None = key(
+        None, "clip x_0 at this quantile of each image instead, like 0.995", above=0.0, free=True
+    )
     guidance: float = key(
         1.0, "how clearly an image shows its class (0: unconditional, 1: as trained)", minimum=0.0, free=True
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_dist.build import check_names
+from ddpm_dist.build import check_names, check_previews
 from ddpm_dist.config import Config, changes, cosine_end, from_flat, to_flat
 from ddpm_dist.data.images import Images
 from ddpm_dist.errors import ConfigError, DataError, StopRequested
@@ -89,6 +89,7 @@ def _claim(config: Config, attempt: Attempt, store: CheckpointStore, should_stop
     """
     directory = attempt.directory
     check_names(config)
+    check_previews(config)
     with directory.its_errors():
         directory.refuse_links()
         refuse_password(config, directory)

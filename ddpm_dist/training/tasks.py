@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ddpm_dist.build import build_preview_sampler
 from ddpm_dist.config import Config, to_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser, Network
 from ddpm_dist.diffusion.guidance import Guided
-from ddpm_dist.diffusion.samplers import SAMPLERS, SamplerOptions
 from ddpm_dist.errors import Diverged, StopRequested
 from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.evaluation.generate import generate_blocks
@@ -221,14 +221,22 @@ class Preview:
 
     def __init__(self, context: TaskContext) -> None:
         self._context, self._preview = context, context.config.preview
-        self._sampler, loss = SAMPLERS[self._preview.sampler], context.trainer.loss
+        loss = context.trainer.loss
+        self._sampler, self._options = build_preview_sampler(context.config, loss.process)
         network: Network = context.trainer.averages[self._preview.weights].model
         self._classes = None
         if context.config.model.class_labels:
             num_classes = context.contract["num_classes"]
             network = Guided(network, num_classes, self._preview.guidance, self._preview.guidance_interval)
             self._classes = Classes(num_classes)
-        self._denoiser = Denoiser(network, loss.process, loss.prediction, self._sampler.clip, variance=loss.variance)
+        self._denoiser = Denoiser(
+            network,
+            loss.process,
+            loss.prediction,
+            self._sampler.clips(self._options),
+            variance=loss.variance,
+            dynamic_threshold=self._preview.dynamic_threshold,
+        )
 
     def due(self, step: int) -> bool:
         """Every preview.every steps, and at the target; never without preview.num_images."""
@@ -254,7 +262,7 @@ class Preview:
             shape=self._context.image_shape,
             num=self._preview.num_images,
             seed=self._preview.seed,
-            options=SamplerOptions(steps=self._preview.steps),
+            options=self._options,
             device=self._context.trainer.ranks.device,
             on_step=on_step,
             classes=self._classes,
