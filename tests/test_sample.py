@@ -60,6 +60,24 @@ def test_folder_holds_the_same_images_as_the_npz(run: Path, tmp_path: Path) -> N
         assert (np.asarray(Image.open(path)) == expected[:, :, 0]).all()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--sampler", "dpm++", "--steps", "5"],
+        ["--sampler", "heun", "--steps", "3", "--no-clip"],
+        ["--sampler", "ddpm", "--variance", "fixed_small", "--clip", "--steps", "4", "--spacing", "trailing"],
+        ["--eta", "0.5", "--steps", "4", "--spacing", "quadratic", "--dynamic-threshold", "0.9"],
+        ["--sampler", "diffusers:UniPCMultistepScheduler", "--steps", "4"],
+    ],
+)
+def test_every_sampler_draws_by_its_flags(run: Path, tmp_path: Path, flags: list[str]) -> None:
+    for num in (2, 3):
+        assert main([str(run), "--num", str(num), *flags, "--out", str(tmp_path / f"{num}.npz")]) == 0
+    two, three = (np.load(tmp_path / f"{num}.npz")["arr_0"] for num in (2, 3))
+    assert (three[:2] == two).all()
+    assert (three[0] != three[1]).any()
+
+
 def test_default_grid_is_the_runs_own_last_preview(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), "--steps", "5"]) == 0
     written = Path(capsys.readouterr().out.strip())
