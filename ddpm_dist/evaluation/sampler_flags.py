@@ -84,7 +84,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spacing",
         metavar="NAME",
-        help="even, leading, trailing, quadratic, log_snr [even; dpm++, heun: log_snr]",
+        help="even [ddim, ddpm], leading, trailing, quadratic, log_snr [dpm++, heun]",
     )
     parser.add_argument("--eta", type=float, metavar="X", help="noise that ddim adds, 0 to 1 [0]")
     parser.add_argument(
