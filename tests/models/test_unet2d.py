@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import state_differences, train
 from torch import Tensor, nn
 
 from ddpm_dist.build import build_model, check_names
@@ -131,3 +133,12 @@ def test_gradient_checkpointing_changes_no_bit_and_computes_each_block_twice(mak
     with torch.no_grad():
         model(*batch())
     assert len(calls) == num_calls, "nothing is computed twice where no gradient is wanted"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_to_the_bit_when_it_is_resumed_with_gradient_checkpointing(tmp_path: Path) -> None:
+    options = ("model.dropout=0.2", "elastic.mode=bitwise", "checkpoint.every=2", "train.micro_batch_size=null")
+    whole = train(1, tmp_path, *options, "train.max_steps=4", name="whole")
+    train(1, tmp_path, *options, "train.max_steps=2", name="moved")
+    moved = train(2, tmp_path, *options, "train.max_steps=4", "train.gradient_checkpointing=true", name="moved")
+    assert state_differences(whole, moved) == []
