@@ -38,6 +38,13 @@ class Judge:
         parts = (images.float() / 255).split(250)
         return torch.cat([self._network(part).softmax(1) for part in parts])
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [N, 1, S, S] -> float64 [N, 128]: what the last layer decides by."""
+        assert isinstance(self._network, nn.Sequential)
+        parts = (images.float() / 255).split(250)
+        return torch.cat([self._network[:-1](part) for part in parts]).double()
+
     def _train(self, images: Tensor, labels: Tensor, epochs: int) -> None:
         batch = 50
         optimizer = torch.optim.Adam(self._network.parameters(), lr=2e-3)
