@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,3 +68,32 @@ def test_it_flags_a_memory_format_only_where_that_rounds_otherwise_and_leaves_no
     assert digest_of(one) == digest_of(one)
     assert all(torch.equal(a, b) for a, b in zip(before, one.model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in one.model.parameters())
+
+
+def zero_at_first() -> Trainer:
+    """The last convolutions of the middle block and of the network are zero, as in UNet2DModel here."""
+    one = trainer()
+    for layer in last_convolutions(one):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return one
+
+
+def last_convolutions(one: Trainer) -> tuple[Any, Any]:
+    network: Any = one.model
+    return network.mid.conv2, network.out_conv
+
+
+def test_it_flags_how_layers_round_that_a_last_layer_of_zeros_hides_and_leaves_the_zeros() -> None:
+    one, other = zero_at_first(), zero_at_first()
+    network: Any = other.model
+    with torch.no_grad():
+        network.mid.time_proj.weight.mul_(1 + 2**-20)
+    assert digest_of(one) == digest_of(zero_at_first())
+    assert digest_of(one) != digest_of(other)
+    assert not any(layer.weight.any() for layer in last_convolutions(one))
+
+
+def test_no_weight_of_the_reference_network_starts_at_zero() -> None:
+    """So its canary is the one that its runs began with."""
+    assert all(weight.any() for weight in trainer().model.parameters() if weight.ndim >= 2)
