@@ -60,6 +60,12 @@ class Target:
         with tempfile.TemporaryFile(dir=folder):
             pass
 
+    def is_written(self, num: int) -> bool:
+        """Whether the file, or each of the `num` files of the folder, is there."""
+        if self.kind != "folder":
+            return self.path.is_file()
+        return all((self.path / _name(index)).is_file() for index in range(num))
+
     def cannot_be_written(self, error: OSError) -> ConfigError:
         """What a user is told about an error of `probe` or `write`."""
         reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
@@ -86,7 +92,11 @@ class Target:
 
 def _number(path: Path) -> int:
     """The index of the image in a file like 00017.png; -1 for a file of another name."""
-    return int(path.stem) if path.stem.isdigit() else -1
+    return int(path.stem) if path.stem.isascii() and path.stem.isdecimal() else -1
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}.png"
 
 
 def _write_grid(blocks: Iterable[Tensor], path: Path, classes: Classes | None) -> None:
@@ -106,7 +116,7 @@ def _write_folder(blocks: Iterable[Tensor], folder: Path) -> None:
     index = 0
     for block in blocks:
         for image in block:
-            save_png(image, folder / f"{index:05d}.png", durable=False)
+            save_png(image, folder / _name(index), durable=False)
             index += 1
     os.sync()  # once for all of them, since fsync takes much longer than to draw a small PNG
 

@@ -127,11 +127,11 @@ class DataSet:
             time.sleep(seconds)
             _stopping(should_stop)()
 
-        drawing = self._load_for_all()
+        drawing = self._drawing = self._load_for_all()
         try:
             self._target.probe(self._request.num)
             self._parts.claim(wait)
-            if self._parts.is_written():
+            if self._parts.is_written(drawing.stamp(), self._request.num):
                 self._parts.remove()
                 return None
             self._parts.begin(drawing.stamp())
@@ -140,7 +140,6 @@ class DataSet:
         except OSError as error:
             raise self._target.cannot_be_written(error) from None
         drawing.say_what_is_drawn(self._parts.num_drawn(self._request.num))
-        self._drawing = drawing
         return {"step": drawing.run.step, "stamp": drawing.stamp(), "attempt": self._parts.attempt, "missing": missing}
 
     def _load_for_all(self) -> Drawing:
@@ -194,14 +193,18 @@ class DataSet:
         num = self._request.num
         with _as_failed_disk():
             self._target.write(self._parts.images(num, _stopping(should_stop)), num)
+            self._parts.say_written(num)
             self._parts.remove()
 
     def _say_how_far(self) -> None:
         """On rank 0: print how many images are drawn when a stop signal ends this attempt."""
         if self._ranks.is_zero:
-            num = self._request.num
-            drawn = self._parts.num_drawn(num) if self._parts.stamp else 0
-            print(f"stopped; {drawn} of {num} images are drawn. The same command goes on", file=sys.stderr, flush=True)
+            num, drawn = self._request.num, ""
+            if self._drawing is not None:
+                self._parts.stamp = self._drawing.stamp()
+                begun = self._parts.read_stamp() == self._parts.stamp
+                drawn = f"; {self._parts.num_drawn(num) if begun else 0} of {num} images are drawn"
+            print(f"stopped{drawn}. The same command goes on", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

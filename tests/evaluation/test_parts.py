@@ -18,7 +18,7 @@ from ddpm_dist.evaluation.generate import BLOCK_SIZE
 from ddpm_dist.evaluation.image_files import Target
 from ddpm_dist.evaluation.parts import Parts
 
-STAMP = {"run": "mnist", "seed": 0, "sha256": "a" * 64, "shape": [3, 2, 4]}
+STAMP = {"run": "mnist", "step": 4, "seed": 0, "sha256": "a" * 64, "shape": [3, 2, 4]}
 
 
 def block(seed: int, size: int = BLOCK_SIZE) -> Tensor:
@@ -33,7 +33,7 @@ def never() -> None:
     """Nobody asks to stop."""
 
 
-def killed(path: Path) -> None:
+def killed(path: Path, missing_ok: bool = False) -> None:
     raise KeyboardInterrupt
 
 
@@ -129,15 +129,102 @@ def test_whoever_is_killed_while_it_cleans_up_has_only_the_rest_to_remove(
     parts = begin(out)
     parts.write(0, block(0))
     out.write_bytes(b"the data set")
+    parts.say_written(9)
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "rmtree", killed)
+        patched.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             parts.remove()
+    parts.release()  # as the end of the process does
     after = Parts(Target.named(str(out)))
     after.claim(no_wait)
-    assert after.is_written()
+    assert after.is_written(STAMP, 9)
     after.remove()
     assert list(tmp_path.iterdir()) == [out]
+
+
+def leave_written(out: Path, num: int) -> None:
+    """What an attempt leaves behind that is killed right after it has noted that its data set is written."""
+    parts = begin(out)
+    parts.write(0, block(0))
+    Target.named(str(out)).write([block(0)[:num]], num)
+    parts.say_written(num)
+    parts.release()
+
+
+@pytest.mark.parametrize("name", ["images.npz", "folder"])
+@pytest.mark.parametrize("other", ["seed", "num", "gone"])
+def test_what_is_left_of_a_written_data_set_is_not_taken_for_another(tmp_path: Path, name: str, other: str) -> None:
+    out = tmp_path / name
+    leave_written(out, 9)
+    if other == "gone":
+        (out / "00008.png" if name == "folder" else out).unlink()
+    stamp, num = {**STAMP, "seed": 1 if other == "seed" else 0}, 8 if other == "num" else 9
+    parts = Parts(Target.named(str(out)))
+    assert parts.read_stamp() == {}  # whose step would be gone on with
+    parts.claim(no_wait)
+    assert parts.is_written(STAMP, 9) == (other != "gone")
+    assert not parts.is_written(stamp, num)
+    parts.begin(stamp)
+    assert parts.missing(num) == [0]
+    assert parts.read_stamp() == stamp
+    parts.remove()
+    assert not parts.folder.exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "attempts/diary.txt", "stamp.json", "mine/00001.json", "000000.npy", "000000.npy/x", ".x.tmp"]
+)
+def test_a_folder_with_files_of_others_is_refused_and_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "shots" / "parts" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"a": "diary"}')
+    before = files_of(tmp_path)
+    found = name.partition("/")[0] if not name.startswith("attempts") else name
+    with pytest.raises(ConfigError, match=f"but {found} in it was not written by this command; give another --out"):
+        begin(tmp_path / "shots")
+    assert files_of(tmp_path) == before
+
+
+def test_files_of_others_that_come_later_stay_and_end_nothing(tmp_path: Path) -> None:
+    parts = begin(tmp_path / "shots")
+    parts.write(0, block(0))
+    others = ("notes.txt", "attempts/diary.txt", "mine/000000.npy", ".x.tmp", "0.npy")
+    for name in others:
+        (parts.folder / name).parent.mkdir(exist_ok=True)
+        (parts.folder / name).write_text(name)
+    parts.release()
+    again = begin(tmp_path / "shots")
+    assert again.missing(9) == []
+    again.say_written(9)
+    again.remove()
+    assert files_of(parts.folder) == {name: name.encode() for name in others}
+
+
+def test_two_attempts_may_clean_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, unlink = begin(tmp_path / "images.npz"), Path.unlink
+    parts.write(0, block(0))
+    parts.say_written(9)
+
+    def unlink_twice(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok=True)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_twice)
+    parts.remove()
+    parts.remove()
+    assert list(tmp_path.iterdir()) == []
+    parts.attempt, parts.stamp = 1, STAMP
+    with pytest.raises(TakenOver, match="another attempt has written the same data set, and removed it"):
+        parts.say_written(9)
+
+
+def test_a_picture_of_any_name_may_lie_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "².png").write_text("")
+    Target(tmp_path, "folder").probe(1)
 
 
 def test_a_disk_without_room_is_noticed_before_the_first_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
