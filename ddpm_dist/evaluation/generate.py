@@ -12,6 +12,7 @@ from ddpm_dist.diffusion.denoiser import Denoise, Denoiser
 from ddpm_dist.diffusion.pixels import to_uint8
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import Sampler, SamplerOptions
+from ddpm_dist.errors import DataError
 from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.randomness import generator
 
@@ -54,6 +55,9 @@ def generate_block(
 
     Returns:
         uint8 [block_size, C, H, W] in [0, 255], on the CPU.
+
+    Raises:
+        DataError: the images are not finite, which would be drawn in black.
     """
     assert first % block_size == 0, "blocks are aligned to the index of the image"
     generators = [generator(seed, "sample", index) for index in range(first, first + block_size)]
@@ -66,6 +70,12 @@ def generate_block(
         labels = classes.labels(range(first, first + block_size)).to(device)
         denoiser = dataclasses.replace(denoiser, cond={"labels": labels})
     images = sampler.sample(denoiser, process, draw_noise(), draw_noise, options, on_step)
+    if not bool(torch.isfinite(images).all()):
+        raise DataError(
+            f"images {first} to {first + block_size - 1}: not all numbers in them are finite: the network gives NaN or "
+            "inf, or the sampler diverges; try the sampler ddim with its defaults, and if that fails an earlier "
+            "checkpoint"
+        )
     return to_uint8(images).cpu()
 
 
@@ -92,6 +102,9 @@ def generate_blocks(
 
     Yields:
         uint8 [<= block_size, C, H, W] in [0, 255], on the CPU; the last block is cut.
+
+    Raises:
+        DataError: images are not finite.
     """
     for first in range(0, num, block_size):
         block = generate_block(

@@ -18,7 +18,7 @@ from ddpm_dist.build import build_preview_sampler
 from ddpm_dist.config import Config, to_flat, width_of
 from ddpm_dist.diffusion.denoiser import Denoiser, Network
 from ddpm_dist.diffusion.guidance import Guided
-from ddpm_dist.errors import Diverged, StopRequested
+from ddpm_dist.errors import DataError, Diverged, StopRequested
 from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.evaluation.generate import generate_blocks
 from ddpm_dist.evaluation.pictures import save_grid
@@ -267,7 +267,11 @@ class Preview:
             on_step=on_step,
             classes=self._classes,
         )
-        images, columns = torch.cat(list(blocks)), None
+        try:
+            images, columns = torch.cat(list(blocks)), None
+        except DataError as error:  # the weights may be sound, and the sampler not; training looks at them itself
+            self._context.recorder.say(f"warning: step {self._context.trainer.step}: no grid of images: {error}")
+            return
         if self._classes is not None:
             images, columns = self._classes.in_rows(images)
         self._context.attempt.check()

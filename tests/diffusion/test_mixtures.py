@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_dist.diffusion.denoiser import Denoise, Denoised
+from ddpm_dist.diffusion.denoiser import Denoise, Denoised, Denoiser
+from ddpm_dist.diffusion.predictions import EpsPrediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SamplerOptions, find_sampler
 from ddpm_dist.diffusion.schedules import SCHEDULES
@@ -150,3 +151,21 @@ def test_twenty_steps_of_dpm_solver_and_of_heun_are_closer_to_the_truth_than_twe
     finer = SamplerOptions(steps=80)
     for name in ("ddim", "dpm++", "heun"):
         assert float((draw(name, mixture, finer, process) - truth).abs().mean()) < errors[name] / 1.5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_timesteps"), [("cosine", 4000), ("cosine", T), ("sigmoid", T), ("linear", T)]
+)
+def test_a_small_error_of_the_network_stays_small_with_heun(schedule: str, num_timesteps: int) -> None:
+    """A hundredth of the noise. From σ of the last timestep of such schedules, a correction would magnify it."""
+    data, process = Mixture((1.0,), (0.2,), 0.3), GaussianDiffusion(SCHEDULES[schedule](num_timesteps, 1e-4, 0.02))
+    best, options = data.denoiser(process), SamplerOptions(steps=20)
+    errors = 0.01 * torch.randn(num_timesteps, 1, 64, generator=torch.Generator().manual_seed(5))
+    x_T = torch.randn(16, 1, 64, generator=torch.Generator().manual_seed(0))
+    denoiser = Denoiser(lambda x, t: best(x, t).eps + errors[int(t[0])], process, EpsPrediction(process), clip=True)
+    calls: list[None] = []
+    sampler = find_sampler("heun")
+    drawn = sampler.sample(denoiser, process, x_T, lambda: x_T, options, lambda: calls.append(None))
+    assert float(drawn.std()) == pytest.approx(data.std, abs=0.04)
+    assert float(drawn.mean()) == pytest.approx(0.2, abs=0.04)
+    assert len(calls) == sampler.num_calls(options, process) == (39 if schedule == "linear" else 38)

@@ -342,6 +342,9 @@ def test_further_schedulers_of_diffusers_draw_without_the_global_generator(name:
         ("diffusers:FlowMatchEulerDiscreteScheduler", "cannot draw from a DDPM"),
         ("diffusers:IPNDMScheduler", "cannot draw from a DDPM"),
         ("diffusers:CogVideoXDPMScheduler", "the step of it needs"),
+        ("diffusers:ScoreSdeVeScheduler", "cannot draw from a DDPM, since it is not made for a schedule of betas"),
+        ("diffusers:LCMScheduler", "cannot draw from a DDPM, since it is made for consistency models"),
+        ("diffusers:TCDScheduler", "cannot draw from a DDPM, since it is made for consistency models"),
         ("dmim", "expected one of ddim, ddpm, dpm\\+\\+, heun; or diffusers:CLASS"),
     ],
 )
@@ -358,6 +361,26 @@ def test_a_name_that_stands_for_no_sampler_is_refused(name: str, message: str) -
         ("DDIMInverseScheduler", False, SamplerOptions(), "turns images into noise"),
         ("DEISMultistepScheduler", True, SamplerOptions(), "zero_terminal_snr"),
         ("DDIMScheduler", False, SamplerOptions(spacing="quadratic"), "has no spacing quadratic"),
+        ("CogVideoXDDIMScheduler", False, SamplerOptions(), "changes the schedule"),
+        ("CogVideoXDDIMScheduler", True, SamplerOptions(), "changes the schedule"),
+        (
+            "DDIMScheduler",
+            False,
+            SamplerOptions(steps=501),
+            "T // 501 = 1, and the spacing trailing .*such as 500 or 1000",
+        ),
+        ("DDIMParallelScheduler", True, SamplerOptions(steps=30), "T // 30 = 33, .*such as 25 or 40"),
+        ("PNDMScheduler", False, SamplerOptions(steps=30), "=1000, such as 25 or 40"),
+        ("DDIMScheduler", False, SamplerOptions(spacing="even"), "the spacing even has other gaps; .*such as 50$"),
+        ("PNDMScheduler", False, SamplerOptions(steps=1), "cannot make 1 steps"),
+        ("DDPMScheduler", False, SamplerOptions(steps=1, spacing="even"), "visits only timestep 0 with 1 step"),
+        (
+            "UniPCMultistepScheduler",
+            False,
+            SamplerOptions(steps=T, spacing="even"),
+            "twice with 1000 steps and .* even",
+        ),
+        ("SASolverScheduler", False, SamplerOptions(steps=T, spacing="even"), "twice with 1000 steps"),
     ],
 )
 def test_what_a_scheduler_cannot_do_is_refused_before_anything_is_drawn(
@@ -366,6 +389,22 @@ def test_what_a_scheduler_cannot_do_is_refused_before_anything_is_drawn(
     process = GaussianDiffusion(linear_betas(T), zero_terminal_snr=zero_terminal_snr)
     with pytest.raises(ValueError, match=f"^diffusers:{name}: .*{message}"):
         find_sampler(f"diffusers:{name}").num_calls(options, process)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", SamplerOptions(steps=40, spacing="leading")),
+        ("DDIMScheduler", SamplerOptions(steps=30, spacing="leading")),  # visits multiples of 33
+        ("DDIMScheduler", SamplerOptions(steps=T, spacing="even")),
+        ("PNDMScheduler", SamplerOptions(steps=40)),
+        ("HeunDiscreteScheduler", SamplerOptions(steps=T)),
+        ("UniPCMultistepScheduler", SamplerOptions(steps=999, spacing="even")),
+        ("DDPMScheduler", SamplerOptions(steps=501)),
+    ],
+)
+def test_what_a_scheduler_can_do_is_not_refused(name: str, options: SamplerOptions) -> None:
+    assert find_sampler(f"diffusers:{name}").num_calls(options, LINEAR) >= (options.steps or 0)
 
 
 # Clipping of x_0
@@ -405,6 +444,16 @@ def test_dynamic_thresholding_is_that_of_diffusers() -> None:
             "ddpm",
             SamplerOptions(variance="small"),
             "--variance small: expected one of fixed_large, fixed_small",
+        ),
+        (
+            "ddim",
+            SamplerOptions(steps=1, spacing="leading"),
+            "--spacing leading: visits only timestep 0 with --steps 1",
+        ),
+        (
+            "dpm++",
+            SamplerOptions(steps=1, spacing="quadratic"),
+            "--spacing quadratic: .*valid: at least 2 steps, or even",
         ),
         ("ddpm", SamplerOptions(variance="learned"), "--variance learned: the network does not learn its variance"),
         ("ddim", SamplerOptions(dynamic_threshold=0), "--dynamic_threshold 0: expected a number above 0"),

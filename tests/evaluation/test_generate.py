@@ -16,6 +16,7 @@ from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.diffusion.samplers import SAMPLERS as TABLE
 from ddpm_dist.diffusion.samplers import SamplerOptions
 from ddpm_dist.diffusion.schedules import linear_betas
+from ddpm_dist.errors import DataError
 from ddpm_dist.evaluation.generate import generate_blocks, num_model_calls
 from ddpm_dist.models.unet import UNet
 
@@ -182,3 +183,15 @@ def test_to_uint8_rounds_to_the_nearest_level() -> None:
     levels = torch.arange(1, 255)
     for offset in (-0.49, -0.2, 0.2, 0.49):
         assert torch.equal(to_uint8((levels + offset) / 127.5 - 1).long(), levels)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_that_are_not_finite_are_refused_and_not_drawn_in_black(sampler: str) -> None:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        """NaN in one pixel of one image, at the last timestep that is visited."""
+        noise = torch.zeros_like(x)
+        noise[2, 0, 3, 3] = float("nan") if int(t[0]) == 0 else 0.0
+        return noise
+
+    with pytest.raises(DataError, match=r"^images 0 to 3: not all numbers .* earlier checkpoint$"):
+        images_of(predict, sampler=sampler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,15 @@ from ddpm_dist.diffusion.samplers.options import Sampler, SamplerOptions
 PREFIX = "diffusers:"
 SPACINGS = {"even": "linspace", "leading": "leading", "trailing": "trailing"}
 """What diffusers calls our spacings."""
+
+GO_WHOLE_GAPS = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"})
+"""Schedulers whose step goes T // steps timesteps down, whichever timestep comes next."""
+
+VISIT_TWICE = frozenset({"HeunDiscreteScheduler", "PNDMScheduler"})
+"""Schedulers that call the network twice at a timestep on purpose. Others would divide by a step of length 0."""
+
+TOLERANCE = 1e-3
+"""How far the ᾱ_t of a scheduler may lie from ours, relative to ours; its tables are float32."""
 
 
 Scheduler = Any
@@ -99,15 +109,62 @@ class _Sample:
             "clip_sample": False,  # the denoiser clips
         }
         scheduler = self._class(**{name: value for name, value in wanted.items() if name in known})
-        scheduler.set_timesteps(options.num_steps(process.num_timesteps), device=device)
-        timesteps = scheduler.timesteps.tolist()
+        self._check_schedule(scheduler, process)
+        self._set_timesteps(scheduler, process.num_timesteps, options, device)
+        return scheduler
+
+    def _check_schedule(self, scheduler: Any, process: GaussianDiffusion) -> None:
+        """Check that the scheduler goes by our schedule. Raises ValueError."""
+        ours = torch.tensor(process.exact_alphas_cumprod, dtype=torch.float64)
+        theirs = scheduler.alphas_cumprod.double().cpu()
+        if process.zero_terminal_snr:  # some put a tiny number for the 0 at the end
+            ours, theirs = ours[:-1], theirs[:-1]
+        if ours.shape != theirs.shape or not torch.allclose(theirs, ours, rtol=TOLERANCE, atol=0):
+            raise ValueError(
+                f"{self._name}: changes the schedule that it is given, which the network was not trained for"
+            )
+
+    def _set_timesteps(self, scheduler: Any, num_timesteps: int, options: SamplerOptions, device: torch.device) -> None:
+        """Set the timesteps that are visited, and check that the scheduler can step through them. Raises ValueError."""
+        steps, spacing = options.num_steps(num_timesteps), options.spacing or "trailing"
+        if self._class.__name__ in GO_WHOLE_GAPS:
+            self._check_gaps(num_timesteps, steps, spacing)
+        try:
+            scheduler.set_timesteps(steps, device=device)
+            timesteps = scheduler.timesteps.tolist()
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{self._name}: cannot make {steps} steps ({' '.join(str(error).split())})") from None
         if any(timestep != int(timestep) for timestep in timesteps):
             raise ValueError(
                 f"{self._name}: visits timesteps between those that the network knows, such as {timesteps[1]:.2f}"
             )
         if timesteps[0] < timesteps[-1]:
             raise ValueError(f"{self._name}: turns images into noise")
-        return scheduler
+        if timesteps == [0] and num_timesteps > 1:
+            raise ValueError(
+                f"{self._name}: visits only timestep 0 with 1 step and the spacing {spacing}, and gives noise; valid: "
+                "at least 2 steps, or the spacing trailing"
+            )
+        twice = [now for now, then in itertools.pairwise(timesteps) if now == then]
+        if twice and self._class.__name__ not in VISIT_TWICE:
+            raise ValueError(
+                f"{self._name}: visits timestep {twice[0]} twice with {steps} steps and the spacing {spacing}, and "
+                "divides by 0 there; valid: fewer steps, or the spacing trailing"
+            )
+
+    def _check_gaps(self, num_timesteps: int, steps: int, spacing: str) -> None:
+        """Check that the timesteps lie T // steps apart. Raises ValueError, which names numbers of steps that do."""
+        fits = {"leading": True, "trailing": num_timesteps % steps == 0, "even": steps == num_timesteps}
+        if fits[spacing]:
+            return
+        divisors = [number for number in range(1, num_timesteps + 1) if num_timesteps % number == 0]
+        near = sorted({max(n for n in divisors if n <= steps), min(n for n in divisors if n >= steps)})
+        of_steps = " or ".join(str(number) for number in near)
+        raise ValueError(
+            f"{self._name}: its step has the length T // {steps} = {num_timesteps // steps}, and the spacing {spacing} "
+            "has other gaps; valid: the spacing trailing with a number of steps that divides "
+            f"diffusion.num_timesteps={num_timesteps}, such as {of_steps}"
+        )
 
 
 def _find(name: str) -> Scheduler:
@@ -126,12 +183,23 @@ def _find(name: str) -> Scheduler:
         schedulers = [each for each in dir(diffusers) if each.endswith("Scheduler") and not each.startswith("Flax")]
         near = difflib.get_close_matches(wanted, schedulers, n=1, cutoff=0.3) or schedulers
         raise ValueError(f"{name}: diffusers has no such scheduler; the nearest is {', '.join(near)}")
-    step = list(inspect.signature(found.step).parameters.values())[4:]
-    more = [parameter.name for parameter in step if parameter.default is parameter.empty]
-    if not {"trained_betas", "prediction_type"} <= _names(found) or more:
-        what = f"the step of it needs {', '.join(more)}" if more else "it is not made for a schedule of betas"
-        raise ValueError(f"{name}: cannot draw from a DDPM, since {what}")
+    obstacle = _obstacle(found)
+    if obstacle:
+        raise ValueError(f"{name}: cannot draw from a DDPM, since {obstacle}")
     return found
+
+
+def _obstacle(scheduler: Scheduler) -> str | None:
+    """Why no DDPM whatever can be drawn from with a scheduler; None if some can."""
+    if not hasattr(scheduler, "step") or not {"trained_betas", "prediction_type"} <= _names(scheduler):
+        return "it is not made for a schedule of betas"
+    step = list(inspect.signature(scheduler.step).parameters.values())[4:]
+    more = [parameter.name for parameter in step if parameter.default is parameter.empty]
+    if more:
+        return f"the step of it needs {', '.join(more)}"
+    if "original_inference_steps" in _names(scheduler.set_timesteps):
+        return "it is made for consistency models, which are distilled"
+    return None
 
 
 def _names(function: Callable[..., Any]) -> frozenset[str]:

@@ -161,6 +161,11 @@ class Sampler:
                 f"{spelled('spacing', options.spacing)}: does not begin at the last timestep, as "
                 f"diffusion.zero_terminal_snr=true needs; valid: {', '.join(sorted(BEGIN_AT_LAST))}"
             )
+        if options.steps == 1 < process.num_timesteps and options.spacing not in (None, *BEGIN_AT_LAST):
+            raise ValueError(
+                f"{spelled('spacing', options.spacing)}: visits only timestep 0 with {spelled('steps', 1)}, and gives "
+                f"noise; valid: at least 2 steps, or {', '.join(sorted(BEGIN_AT_LAST))}"
+            )
         try:
             self.num_calls(options, process)  # what a scheduler of diffusers cannot do shows here
         except ValueError as error:

@@ -14,6 +14,9 @@ import torch
 
 from ddpm_dist.diffusion.process import GaussianDiffusion
 
+ONLY_NOISE = -5.1
+"""λ = log(sqrt(ᾱ_t) / sqrt(1 - ᾱ_t)), below which hardly anything but noise is left (Lu et al. 2022)."""
+
 
 def even_timesteps(process: GaussianDiffusion, num_steps: int) -> list[int]:
     """num_steps evenly spaced timesteps that fall from T - 1 to 0, both included; for num_steps = 1 only T - 1.
@@ -27,7 +30,7 @@ def even_timesteps(process: GaussianDiffusion, num_steps: int) -> list[int]:
 def leading_timesteps(process: GaussianDiffusion, num_steps: int) -> list[int]:
     """Multiples of T // num_steps that fall to 0, as in the code of DDIM (Song et al. 2021, arXiv:2010.02502).
 
-    The first one lies below T - 1, although sampling begins with pure noise.
+    The first one lies below T - 1, although sampling begins with pure noise: far below if num_steps does not divide T.
     """
     gap = process.num_timesteps // num_steps
     return [gap * i for i in reversed(range(num_steps))]
@@ -55,14 +58,14 @@ def quadratic_timesteps(process: GaussianDiffusion, num_steps: int) -> list[int]
 def log_snr_timesteps(process: GaussianDiffusion, num_steps: int) -> list[int]:
     """Timesteps at even distances in λ = log(sqrt(ᾱ_t) / sqrt(1 - ᾱ_t)), from T - 1 to 0; for num_steps = 1 only T - 1.
 
-    Lu et al. 2022, appendix D of arXiv:2206.00927, for images of low resolution. Below λ = -5.1 there is only noise: no
-    timestep is visited there but T - 1, as their code advises for the cosine schedule. Where λ is nearest to the same
-    timestep twice, later ones move up by one.
+    Lu et al. 2022, appendix D of arXiv:2206.00927, for images of low resolution. Below ONLY_NOISE no timestep is
+    visited but T - 1, as their code advises for the cosine schedule. Where λ is nearest to the same timestep twice,
+    later ones move up by one.
     """
     if num_steps == 1:
         return [process.num_timesteps - 1]
     half_log_snr = [math.log(a / (1 - a)) / 2 if a else -math.inf for a in process.exact_alphas_cumprod]
-    gap = (half_log_snr[0] - max(half_log_snr[-1], -5.1)) / (num_steps - 1)
+    gap = (half_log_snr[0] - max(half_log_snr[-1], ONLY_NOISE)) / (num_steps - 1)
     rising: list[int] = []
     for i in range(num_steps - 1):
         nearest = _nearest(half_log_snr, half_log_snr[0] - gap * i)
