@@ -8,7 +8,7 @@ compared, and a difference is refused or warned of. The config is not part of it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,24 @@ ARITHMETIC = 1
 LATER_TERMS: dict[str, Any] = {"arithmetic": 1, "num_classes": 0, "class_names": []}
 """Terms that contracts of the first version lack, with the values that they have for those runs."""
 
+DECIDED_BY = {
+    **{name: f"train.{name}" for name in ("precision", "compile", "channels_last", "threads", "device")},
+    **{"torch": "", "arithmetic": ""},  # no key of the config decides them
+}
+"""The key that decides each choice and each circumstance."""
+
+_CANARY_DEPENDS_ON = (
+    *("run.seed", "data.batch_size", "model.", "unet2d.", "diffusion.", "loss.", "elastic.mode", "elastic.shards"),
+    *("train.precision", "train.matmul_precision", "train.compile", "train.channels_last"),
+    *("train.device", "train.threads"),
+)
+"""Keys, and sections that end in a dot. If one of them is changed, the test batch has another gradient anyhow."""
+
 _WORDS = {
+    "decay_steps": "end of the cosine",
+    "precision": "precision",
+    "compile": "compile",
+    "channels_last": "channels_last",
     "threads": "train.threads",
     "device": "kind of device",
     "torch": "version of torch",
@@ -49,6 +66,23 @@ def new_contract(config: Config, images: Images, decay_steps: int | None, device
     }
 
 
+def branched_contract(fresh: Mapping[str, Any], parent: Mapping[str, Any], changed: Collection[str]) -> dict[str, Any]:
+    """The terms of a branch: where its config is that of its parent, it is bound by its parent's terms, as a resume is.
+
+    `hold_to_contract` then compares the circumstances with these terms, and refuses or warns as on a resume.
+
+    Args:
+        fresh: the terms of a new run with the config of the branch.
+        parent: the contract in the checkpoint that is branched.
+        changed: the keys in which the config of the branch differs.
+    """
+    before = {**LATER_TERMS, **parent}
+    kept = [name for name, key in DECIDED_BY.items() if key not in changed and name in fresh and name in before]
+    if not any(key.startswith(_CANARY_DEPENDS_ON) for key in changed):
+        kept.append("canary")
+    return {**fresh, **{name: before[name] for name in (*kept, "deviations") if name in before}}
+
+
 def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
     """The facts about this process that its rounding depends on, as plain JSON.
 
@@ -65,14 +99,14 @@ def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def mismatches(contract: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`what: old -> new` for each circumstance that differs from the contract.
+    """`what: old -> new` for each choice or circumstance that differs from the contract.
 
-    A circumstance that the contract does not mention, as an older version wrote it, is no mismatch.
+    One that the contract does not mention, as an older version wrote it, is no mismatch.
     """
     return [
         f"{_WORDS[name]}: {contract[name]} -> {value}"
         for name, value in now.items()
-        if name in contract and contract[name] != value
+        if name in _WORDS and name in contract and contract[name] != value
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.snapshots import SnapshotStore
 from ddpm_dist.run.store import CheckpointStore
 from ddpm_dist.tracking.address import choose_uri, refuse_password
-from ddpm_dist.training.contract import LATER_TERMS, new_contract
+from ddpm_dist.training.contract import LATER_TERMS, branched_contract, new_contract
 from ddpm_dist.training.origin import Origin, find_origin, read_parent
 
 
@@ -182,7 +182,7 @@ def settle_contract(
     config: Config,
     images: Images,
     target: int,
-    old: Mapping[str, Any] | None,
+    saved: Checkpoint | None,
     origin: Origin | None,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def settle_contract(
 
     Args:
         target: the step at which the run is finished.
-        old: the contract in the checkpoint that this attempt goes on from, or that is branched; None if there is none.
+        saved: the checkpoint that this attempt goes on from, or that is branched; None if there is none.
         origin: what a new run starts from; None for random weights, and for a resume.
         device: the device of rank 0.
 
@@ -199,10 +199,15 @@ def settle_contract(
     """
     decay_steps = cosine_end(config.optim, target)
     if origin is not None:
-        before = {"deviations": old["deviations"]} if old and "deviations" in old else {}
-        return {**new_contract(config, images, decay_steps, device), **before, "lineage": origin.terms()}
-    if old is None:
+        contract = new_contract(config, images, decay_steps, device)
+        if saved is not None:
+            refused, free = changes(from_flat(saved.config), config)
+            changed = {change.partition(":")[0] for change in (*refused, *free)}
+            contract = branched_contract(contract, saved.contract, changed)
+        return {**contract, "lineage": origin.terms()}
+    if saved is None:
         return new_contract(config, images, decay_steps, device)
+    old = saved.contract
     if old["decay_steps"] != decay_steps:
         raise ConfigError(
             f"the cosine of this run ends at step {old['decay_steps']}, and a target of {target} steps "

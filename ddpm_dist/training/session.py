@@ -108,9 +108,11 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
         return Ending(ExitCode.FINISHED)
     images = _load_images(config, ranks, saved)
     attempt.target = config.target(len(images))
-    contract = _contract(config, ranks, images, attempt.target, point.starts_from(), saved)
-    ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, saved[0].model if saved else None))
-    start = ranks.all_succeed(lambda: how_to_start(point.starts_from(), saved, config, images, attempt.target))
+    origin = point.starts_from()
+    contract = _contract(config, ranks, images, attempt.target, origin, saved)
+    trained = saved[0].model if saved and origin is None else None  # `how_to_start` compares those of a branch
+    ranks.all_succeed(lambda: check_own_network(config, images, ranks.device, trained))
+    start = ranks.all_succeed(lambda: how_to_start(origin, saved, config, images, attempt.target, contract))
     if not ranks.is_zero:
         return Ending(_build_and_fit(config, ranks, attempt, images, contract, start, SilentRecorder()))
     attempt.begin(config)
@@ -135,9 +137,9 @@ def _contract(
     config: Config, ranks: Ranks, images: Images, target: int, origin: Origin | None, saved: list[Checkpoint]
 ) -> dict[str, Any]:
     """The contract, the same on every rank, after a check that the images are those of the run. Collective."""
-    old = saved[0].contract if saved else None
+    checkpoint = saved[0] if saved else None
     contract: dict[str, Any] = ranks.on_rank_zero(
-        lambda should_stop: settle_contract(config, images, target, old, origin, ranks.device)
+        lambda should_stop: settle_contract(config, images, target, checkpoint, origin, ranks.device)
     )
     ranks.all_succeed(lambda: check_images(images, contract, config.data.root))
     return contract

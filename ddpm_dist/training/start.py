@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ddpm_dist.run.checkpoint import Checkpoint
 from ddpm_dist.run.directory import RunDirectory
 from ddpm_dist.run.outcome import Attempt
 from ddpm_dist.run.snapshots import SnapshotStore
-from ddpm_dist.training.contract import LATER_TERMS, facts_of
+from ddpm_dist.training.contract import LATER_TERMS, facts_of, mismatches
 from ddpm_dist.training.origin import Origin, read_weights
 from ddpm_dist.training.step import Trainer
 
@@ -42,7 +43,14 @@ class Start:
     origin: Origin | None = None
 
 
-def how_to_start(origin: Origin | None, read: list[Checkpoint], config: Config, images: Images, target: int) -> Start:
+def how_to_start(
+    origin: Origin | None,
+    read: list[Checkpoint],
+    config: Config,
+    images: Images,
+    target: int,
+    contract: Mapping[str, Any],
+) -> Start:
     """How this attempt starts: from a checkpoint of its run, from an origin, or from random weights.
 
     Args:
@@ -50,6 +58,7 @@ def how_to_start(origin: Origin | None, read: list[Checkpoint], config: Config, 
         read: the checkpoint of this run, or of the one that is branched; empty if there is none. `Start.load` takes it
             out, so that its memory is free afterwards.
         target: the step at which the run is finished.
+        contract: of this run.
 
     Raises:
         UserError: this run cannot start from that origin.
@@ -62,6 +71,8 @@ def how_to_start(origin: Origin | None, read: list[Checkpoint], config: Config, 
     model = build_model(config, images.shape, images.num_classes, torch.device("cpu"), channels_last=False)
     if origin.key == "init.run":
         lines = check_branch(origin, read[0], config, images, model.state_dict(), target)
+        differing = mismatches({**LATER_TERMS, **read[0].contract}, contract)
+        lines += [f"init.run: there is another {term}" for term in differing]
         return Start(origin.first_step, lambda trainer: branch(trainer, read.pop()), lines, origin)
     weights = [read_weights(origin)]
     lines = fitting(origin, weights[0], model.state_dict())

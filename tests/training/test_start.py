@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from harness import committed, differences, final_state, metrics, start, train
 
 from ddpm_dist import export
+from ddpm_dist.run.files import sha256_of
 
 RUN = ("checkpoint.every=4", "optim.lr=1e-2", "elastic.mode=bitwise", "ema.more=[0.9]", "checkpoint.ema_snapshots=4")
 LEARNED = ("step", "model", "ema", "averages", "optimizer", "scaler", "window")
@@ -140,3 +142,56 @@ def test_what_does_not_match_by_name_is_said(tmp_path: Path, parent: Path) -> No
         output = job.output()
     assert f"1 not in the source stay random: {left_out}\n" in output
     assert "1 of the source are not used: head\n" in output
+
+
+def rewrite(run: Path, terms: dict[str, Any], config: dict[str, Any] | None = None) -> None:
+    """Give step 8 other terms of the contract, and another config, as if another machine had trained it."""
+    path = run / "checkpoints" / "step-00000008.pt"
+    state = torch.load(path, weights_only=True)
+    state["contract"] |= terms
+    state["config"] |= config or {}
+    torch.save(state, path)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest |= {"size": path.stat().st_size, "sha256": sha256_of(path), "contract": state["contract"]}
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+
+
+def test_a_branch_is_held_to_the_circumstances_of_its_parent(tmp_path: Path, parent: Path) -> None:
+    """As a resume is, unless the config of the branch has another value of the key that decides them."""
+    terms = {"device": "cuda", "torch": "2.0.0", "canary": "00"}
+    path = tmp_path / "elsewhere"
+    shutil.copytree(parent, path)
+    rewrite(path, terms)
+    branching = (*RUN, f"init.run={path}@8", "train.max_steps=9")
+    with start(1, tmp_path, *branching) as job:
+        assert job.wait() == [78]
+        output = job.output()
+    assert "on this machine the run cannot go on with the same bits: kind of device: cuda -> cpu; " in output
+    assert "version of torch: 2.0.0 -> " in output
+    assert "gradient of a test batch (this machine rounds differently): 00 -> " in output
+    rewrite(path, terms, {"train.device": "cuda"})
+    with start(1, tmp_path, *branching, "elastic.on_mismatch=warn", name="changed") as job:
+        assert job.wait() == [0]
+        output = job.output()
+    assert "init.run: there is another kind of device: cuda -> cpu\n" in output
+    assert "warning: from here on results may be rounded differently: version of torch: 2.0.0 -> " in output
+    contract = final_state(tmp_path / "changed")["contract"]
+    (deviation,) = contract["deviations"]
+    assert deviation.startswith("from step 8 on: version of torch: 2.0.0 -> ")
+    assert (contract["device"], contract["torch"]) == ("cpu", str(torch.__version__))
+
+
+@pytest.mark.parametrize(("options", "kept"), [((), True), (("train.channels_last=true",), False)])
+def test_a_branch_keeps_what_auto_was_decided_to_be(
+    tmp_path: Path, parent: Path, options: tuple[str, ...], kept: bool
+) -> None:
+    path = tmp_path / "elsewhere"
+    shutil.copytree(parent, path)
+    rewrite(path, {"channels_last": False, "canary": "00"})
+    branching = (*RUN, "elastic.on_mismatch=warn", *options, f"init.run={path}@8", "train.max_steps=9")
+    with start(1, tmp_path, *branching) as job:
+        assert job.wait() == [0]
+        output = job.output()
+    assert final_state(tmp_path / "run")["contract"]["channels_last"] is not kept
+    assert ("init.run: there is another channels_last: False -> True\n" in output) is not kept
+    assert ("gradient of a test batch" in output) is kept, "the test batch has another gradient in another format"
