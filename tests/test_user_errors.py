@@ -333,7 +333,7 @@ def test_a_file_of_the_run_that_cannot_be_used(root: Path) -> None:
 def test_changed_fixed_keys_are_all_named_with_old_and_new_value(root: Path, world_size: int) -> None:
     before = snapshot(root / "run")
     changed = ("optim.lr=1e-3", "model.channels=16", "data.flip=yes")
-    words = ["optim.lr: 0.0002 -> 0.001", "model.channels: 8 -> 16", "data.flip: False -> True", root / "run"]
+    words = ["optim.lr: 0.0002 -> 0.001", "model.channels: 8 -> 16", "data.flip: false -> true", root / "run"]
     line = refused(78, world_size, root, *go_on(root, *changed, "train.log_every=2"), words=words)
     assert "log_every" not in line, "a key that may change is no reason"
     assert snapshot(root / "run") == before

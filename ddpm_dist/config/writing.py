@@ -29,7 +29,12 @@ def unlike_the_defaults(config: Config) -> list[str]:
     """`key=value` for each key whose value is not the default."""
     default = to_flat(Config())
     different = {name: value for name, value in to_flat(config).items() if value != default[name]}
-    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in different.items()]
+    return [f"{name}={_as_typed(value)}" for name, value in different.items()]
+
+
+def _as_typed(value: Any) -> str:
+    """A value as a person writes it: null, true, [1, 2]."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def describe_keys() -> str:
@@ -54,5 +59,5 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
     free: list[str] = []
     for name, item in keys().items():
         if before[name] != after[name]:
-            (free if item.free else refused).append(f"{name}: {before[name]} -> {after[name]}")
+            (free if item.free else refused).append(f"{name}: {_as_typed(before[name])} -> {_as_typed(after[name])}")
     return refused, free

@@ -129,4 +129,4 @@ def test_it_does_not_go_on_with_other_classes(tmp_path: Path, folder: Path) -> N
     (copy / "wasp").rename(copy / "bee")
     with start(1, tmp_path, *RUN, f"data.root={copy}", "model.class_labels=false", "preview.guidance=1") as job:
         assert job.wait() == [78]
-        assert "model.class_labels: True -> False" in job.output()
+        assert "model.class_labels: true -> false" in job.output()
