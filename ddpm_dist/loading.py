@@ -165,7 +165,8 @@ def load_run(
         device: where the network and the tables go.
 
     Raises:
-        DataError: there is no such run, file, checkpoint or name of weights; or the checkpoint or the file is damaged.
+        DataError: there is no such run, file, checkpoint or name of weights; or the checkpoint or the file is damaged;
+            or the file names a network of somebody's own, whose code would be run.
         ConfigError: the config has a key that this version does not know, or a package is missing.
     """
     if is_weights_file(path):
@@ -174,6 +175,12 @@ def load_run(
             raise DataError(f"{path}: holds step {found.step} and no step {step}")
         if weights not in (None, found.weights):
             raise DataError(f"{path}: holds the weights {found.weights!r} and no {weights!r}")
+        name = str(found.config.get("model.name"))
+        if ":" in name:
+            raise DataError(
+                f"{path}: its network is model.name={name}, code that a weights file may not choose to run; "
+                "give the run directory instead"
+            )
         directory = RunDirectory(path.parent)
     else:
         directory = RunDirectory(path)

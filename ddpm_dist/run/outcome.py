@@ -6,6 +6,7 @@ Only this module writes status.json.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import time
@@ -106,16 +107,27 @@ class Attempt:
         self.saved_step, self.step = saved_step, first_step if saved_step is None else saved_step
         self._lease.note(start_step=self.step, step=self.step)
 
-    def begin(self, config: Config) -> None:
+    def begin(self, config: Config, origin: dict[str, Any] | None = None) -> None:
         """Record that training begins, and write its config to config.yaml.
+
+        Args:
+            origin: what a new run starts from, as plain JSON; None for random weights, and for a resume.
 
         Raises:
             OSError: a file cannot be written.
             TakenOver: a later attempt has begun.
         """
+        if origin is not None:
+            self._lease.note(init=dataclasses.asdict(config.init), origin=origin)
         self._write("running", "training")
         with replacing(self.directory.config_file, self.check) as file:
             file.write(to_yaml(config).encode())
+
+    def begun_from(self, config: Config) -> dict[str, Any] | None:
+        """What the newest attempt that began with this `init` section started from; None if there is none."""
+        init = dataclasses.asdict(config.init)
+        noted = [facts for facts in read_attempts(self.directory.attempts) if "origin" in facts]
+        return next((dict(facts["origin"]) for facts in reversed(noted) if facts.get("init") == init), None)
 
     def committed(self, step: int) -> None:
         """Record that the checkpoint of this step is committed. Raises as `begin` does."""

@@ -91,14 +91,14 @@ class SnapshotStore:
         return states
 
     def adopt(self, other: SnapshotStore, up_to: int) -> None:
-        """Copy the snapshots of another run, up to a step. Those that were copied before are left as they are.
+        """Copy the snapshots of another run, up to a step. Those that were copied before are not copied again.
 
         Raises:
             OSError: a file cannot be read or written.
             TakenOver: another attempt writes here now.
         """
         for step in other.committed(up_to):
-            if not self._manifest(step).exists():
+            if read_json(self._manifest(step)) != read_json(other._manifest(step)):
                 self.directory.mkdir(exist_ok=True)
                 for path in (other._path(step), other._manifest(step)):
                     with replacing(self.directory / path.name, self._fence) as file, path.open("rb") as source:

@@ -64,28 +64,48 @@ class Origin:
         return f"{which}{step}{self.path} (sha256 {self.sha256[:12]})"
 
 
-def find_origin(config: Config) -> tuple[Origin | None, list[Checkpoint]]:
+def find_origin(config: Config, before: Origin | None) -> tuple[Origin | None, list[Checkpoint]]:
     """Rank 0: what a new run with this config starts from; None for random weights.
+
+    Args:
+        before: what an earlier attempt of this run began from, before it was killed without a checkpoint. It is taken
+            again, though the source may have newer checkpoints now.
 
     Returns:
         the origin, and a list with the checkpoint of a run that is branched, else an empty list.
 
     Raises:
-        UserError: there is no such source, or it cannot be used.
+        UserError: there is no such source, or it cannot be used, or it is not what it was.
     """
+    if before is None:
+        return _find(config, None)
+    try:
+        origin, parent = _find(config, before.step)
+        if origin is not None and origin.sha256 == before.sha256:
+            return origin, parent
+        found = "other content is there now"
+    except DataError as error:
+        found = str(error)
+    raise DataError(
+        f"{before.key}={before.path}: this run began from {before}, and has no checkpoint of its own yet: {found}; "
+        f"restore that, or remove {config.directory} to start anew"
+    )
+
+
+def _find(config: Config, step_before: int | None) -> tuple[Origin | None, list[Checkpoint]]:
     init = config.init
     if init.run is not None:
         path, step = _split("init.run", init.run)
         if path.resolve() == config.directory.resolve():
             raise ConfigError(f"init.run={init.run}: is this run itself; give the branch another run.name")
-        checkpoint, sha256 = _checkpoint(path, step)
+        checkpoint, sha256 = _checkpoint(path, step if step_before is None else step_before)
         lineage = checkpoint.contract.get("lineage", [])
         return Origin("init.run", str(path), checkpoint.step, sha256, lineage=lineage), [checkpoint]
     if init.weights is None:
         return None, []
     path, step = _split("init.weights", init.weights)
     if (path / "config.yaml").exists():
-        checkpoint, sha256 = _checkpoint(path, step)
+        checkpoint, sha256 = _checkpoint(path, step if step_before is None else step_before)
         weights_of(checkpoint, init.average, RunDirectory(path))  # refuses a wrong name before anything is written
         lineage = checkpoint.contract.get("lineage", [])
         return Origin("init.weights", str(path), checkpoint.step, sha256, init.average, lineage), []

@@ -153,7 +153,8 @@ def _look_for_checkpoint(
     SnapshotStore(directory.ema_snapshots).sweep()
     directory.sweep()
     if found is None:
-        origin, parent = find_origin(config)
+        begun_from = attempt.begun_from(config)
+        origin, parent = find_origin(config, Origin(**begun_from) if begun_from else None)
         read.extend(parent)
         first_step = origin.first_step if origin else 0
         attempt.start_from(None, first_step)

@@ -115,7 +115,7 @@ def _train(config: Config, ranks: Ranks, stop: StopSignal, attempt: Attempt) -> 
     start = ranks.all_succeed(lambda: how_to_start(origin, saved, config, images, attempt.target, contract))
     if not ranks.is_zero:
         return Ending(_build_and_fit(config, ranks, attempt, images, contract, start, SilentRecorder()))
-    attempt.begin(config)
+    attempt.begin(config, dataclasses.asdict(origin) if origin else None)
     with rank_zero_recorder(config, ranks, attempt, store, point, contract) as recorder:
         for line in start.lines:
             recorder.say(line)

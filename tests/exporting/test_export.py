@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import resource
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 
 from ddpm_dist import sample
 from ddpm_dist.config import from_flat, load_config
+from ddpm_dist.errors import DataError
 from ddpm_dist.export import main
 from ddpm_dist.exporting.shareable import shareable_config
 from ddpm_dist.loading import load_run
+from ddpm_dist.run.weights_file import read_weights_file, write_weights_file
 
 QUICK = (
     *("data.image_size=8", "diffusion.num_timesteps=20", "train.max_steps=3", "checkpoint.every=2"),
@@ -185,3 +188,12 @@ def test_what_cannot_be_written_whole_is_not_there(
     assert line.startswith(f"error: --out {tmp_path}/a.safetensors: cannot be written (")
     assert "File too large" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weights_file_may_not_choose_code_to_run(file: Path, tmp_path: Path) -> None:
+    content = read_weights_file(file)
+    path = tmp_path / "foreign.safetensors"
+    write_weights_file(path, dataclasses.replace(content, config={**content.config, "model.name": "antigravity:run"}))
+    with pytest.raises(DataError, match="may not choose to run; give the run directory instead"):
+        load_run(path)
+    assert "antigravity" not in sys.modules

@@ -195,3 +195,25 @@ def test_a_branch_keeps_what_auto_was_decided_to_be(
     assert final_state(tmp_path / "run")["contract"]["channels_last"] is not kept
     assert ("init.run: there is another channels_last: False -> True\n" in output) is not kept
     assert ("gradient of a test batch" in output) is kept, "the test batch has another gradient in another format"
+
+
+def test_after_a_kill_before_its_first_checkpoint_a_run_starts_from_the_same_step(tmp_path: Path, parent: Path) -> None:
+    """Though the run that it branches has trained on meanwhile."""
+    source, run = tmp_path / "parent", tmp_path / "run"
+    shutil.copytree(parent, source)
+    for path in (source / "checkpoints").glob("step-00000012.*"):
+        path.rename(tmp_path / path.name)
+    train(1, tmp_path, *RUN, f"init.run={source}", "train.max_steps=9")
+    shutil.rmtree(run / "checkpoints")  # as after a kill before the first one
+    (run / "status.json").unlink()
+    for path in tmp_path.glob("step-00000012.*"):
+        path.rename(source / "checkpoints" / path.name)
+    with start(1, tmp_path, *RUN, f"init.run={source}", "train.max_steps=13") as job:
+        assert job.wait() == [0]
+        assert f"init.run: a branch of step 8 of {source}" in job.output()
+    shutil.rmtree(run / "checkpoints")
+    (run / "status.json").unlink()
+    (source / "checkpoints" / "step-00000008.json").unlink()
+    with start(1, tmp_path, *RUN, f"init.run={source}", "train.max_steps=13") as job:
+        assert job.wait() == [65]
+        assert f"this run began from step 8 of {source}" in job.output()
