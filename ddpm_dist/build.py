@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ddpm_dist.config import Config, averages_of, named_parts, width_of
 from ddpm_dist.data.batches import StepBatches, blank
 from ddpm_dist.data.images import Images
+from ddpm_dist.diffusion.denoiser import Denoiser
+from ddpm_dist.diffusion.guidance import Guided
 from ddpm_dist.diffusion.losses import LOSSES, Autocast, DenoisingLoss, HybridLoss, VariationalLoss
 from ddpm_dist.diffusion.predictions import PREDICTIONS, Prediction
 from ddpm_dist.diffusion.process import GaussianDiffusion
@@ -81,6 +83,38 @@ def build_prediction(config: Config, process: GaussianDiffusion) -> Prediction:
 def build_variance(config: Config, process: GaussianDiffusion) -> Variance:
     """Build the config's variance of the reverse steps; the network has its `num_parts` times the images' channels."""
     return VARIANCES[config.diffusion.variance](process)
+
+
+def build_denoiser(
+    config: Config,
+    network: Callable[..., Tensor],
+    num_classes: int,
+    process: GaussianDiffusion,
+    *,
+    clip: bool,
+    guidance: float = 1.0,
+    interval: Sequence[int] | None = None,
+    dynamic_threshold: float | None = None,
+) -> Denoiser:
+    """Build a denoiser for samplers: (x_t, t) -> Denoised. If the network has labels, its `cond` is still to be given.
+
+    Args:
+        network: in evaluation mode.
+        num_classes: number of classes that the network is told of; 0 without labels.
+        process: the forward process, with its tables on the network's device.
+        clip: whether x_start is clipped to [-1, 1] at each step.
+        guidance: how far from unconditional images those of a class are; see `Guided`. 1 without labels.
+        interval: the first and the last timestep that are guided; None for all timesteps.
+        dynamic_threshold: quantile of dynamic thresholding, which then takes the place of clip.
+    """
+    return Denoiser(
+        Guided(network, num_classes, guidance, interval) if num_classes else network,
+        process,
+        build_prediction(config, process),
+        clip,
+        variance=build_variance(config, process),
+        dynamic_threshold=dynamic_threshold,
+    )
 
 
 def build_preview_sampler(config: Config, process: GaussianDiffusion) -> tuple[Sampler, SamplerOptions]:

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_dist.build import build_model, build_prediction, build_process, build_variance, check_names, check_weights_fit
+from ddpm_dist.build import (
+    build_denoiser,
+    build_model,
+    build_process,
+    check_names,
+    check_weights_fit,
+)
 from ddpm_dist.config import MAX_WIDTH, POWER, Config, from_flat, width_of
-from ddpm_dist.diffusion.denoiser import Denoiser, Network
-from ddpm_dist.diffusion.guidance import Guided
-from ddpm_dist.diffusion.predictions import Prediction
+from ddpm_dist.diffusion.denoiser import Denoiser
 from ddpm_dist.diffusion.process import GaussianDiffusion
 from ddpm_dist.errors import ConfigError, DataError
 from ddpm_dist.models.reconstruction import Profile, combine, solve_weights
@@ -45,7 +49,6 @@ class LoadedRun:
         source_sha256: of the checkpoint's file.
         network: in evaluation mode, on the device.
         process: the forward process, with its tables on the device.
-        prediction: what the output of the network means.
         image_shape: (C, H, W).
     """
 
@@ -58,7 +61,6 @@ class LoadedRun:
     source_sha256: str
     network: nn.Module
     process: GaussianDiffusion
-    prediction: Prediction
     image_shape: tuple[int, int, int]
 
     @property
@@ -78,23 +80,15 @@ class LoadedRun:
         interval: Sequence[int] | None = None,
         dynamic_threshold: float | None = None,
     ) -> Denoiser:
-        """A denoiser for samplers: (x_t, t) -> Denoised. If the network has labels, its `cond` is still to be given.
-
-        Args:
-            clip: whether x_start is clipped to [-1, 1] at each step.
-            guidance: how far from unconditional images those of a class are; see `Guided`. 1 without labels.
-            interval: the first and the last timestep that are guided; None for all timesteps.
-            dynamic_threshold: quantile of dynamic thresholding, which then takes the place of clip.
-        """
-        network: Network = self.network
-        if self.num_classes:
-            network = Guided(network, self.num_classes, guidance, interval)
-        return Denoiser(
-            network,
+        """A denoiser for samplers; `build_denoiser` describes the arguments."""
+        return build_denoiser(
+            self.config,
+            self.network,
+            self.num_classes,
             self.process,
-            self.prediction,
-            clip,
-            variance=build_variance(self.config, self.process),
+            clip=clip,
+            guidance=guidance,
+            interval=interval,
             dynamic_threshold=dynamic_threshold,
         )
 
@@ -229,6 +223,5 @@ def _build(found: WeightsFile, path: Path, directory: RunDirectory, device: torc
         source_sha256=found.source_sha256,
         network=network,
         process=process,
-        prediction=build_prediction(config, process),
         image_shape=shape,
     )

@@ -14,10 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ddpm_dist.build import build_preview_sampler
+from ddpm_dist.build import build_denoiser, build_preview_sampler
 from ddpm_dist.config import Config, to_flat, width_of
-from ddpm_dist.diffusion.denoiser import Denoiser, Network
-from ddpm_dist.diffusion.guidance import Guided
 from ddpm_dist.errors import DataError, Diverged, StopRequested
 from ddpm_dist.evaluation.classes import Classes
 from ddpm_dist.evaluation.generate import generate_blocks
@@ -221,20 +219,18 @@ class Preview:
 
     def __init__(self, context: TaskContext) -> None:
         self._context, self._preview = context, context.config.preview
-        loss = context.trainer.loss
-        self._sampler, self._options = build_preview_sampler(context.config, loss.process)
-        network: Network = context.trainer.averages[self._preview.weights].model
-        self._classes = None
-        if context.config.model.class_labels:
-            num_classes = context.contract["num_classes"]
-            network = Guided(network, num_classes, self._preview.guidance, self._preview.guidance_interval)
-            self._classes = Classes(num_classes)
-        self._denoiser = Denoiser(
-            network,
-            loss.process,
-            loss.prediction,
-            self._sampler.clips(self._options),
-            variance=loss.variance,
+        process = context.trainer.loss.process
+        self._sampler, self._options = build_preview_sampler(context.config, process)
+        num_classes = context.contract["num_classes"] if context.config.model.class_labels else 0
+        self._classes = Classes(num_classes) if num_classes else None
+        self._denoiser = build_denoiser(
+            context.config,
+            context.trainer.averages[self._preview.weights].model,
+            num_classes,
+            process,
+            clip=self._sampler.clips(self._options),
+            guidance=self._preview.guidance,
+            interval=self._preview.guidance_interval,
             dynamic_threshold=self._preview.dynamic_threshold,
         )
 
