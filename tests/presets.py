@@ -25,6 +25,26 @@ from PIL import Image
 from ddpm_dist.config import Config, load_config
 
 ROOT = Path(__file__).parents[1]
+GOOGLE_DDPM_CIFAR10_32 = {
+    # https://huggingface.co/google/ddpm-cifar10-32/blob/main/unet/config.json: the weights of Ho et al.'s own code
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 COLOUR = ("cifar10", "folder")  # data sets that are replaced by noise of their size and number of channels
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Job, call_train, state_differences
-from presets import PRESETS, ROOT, make_pictures, narrow, on_this_machine
+from presets import GOOGLE_DDPM_CIFAR10_32, PRESETS, ROOT, make_pictures, narrow, on_this_machine
 from torch import nn
 
 from ddpm_dist.build import build_model
@@ -60,28 +60,6 @@ def network(preset: str, size: int = 32) -> Any:
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-GOOGLE_DDPM_CIFAR10_32 = {
-    # https://huggingface.co/google/ddpm-cifar10-32/blob/main/unet/config.json: the weights of Ho et al.'s own code
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "block_out_channels": [128, 256, 256, 256],
-    "center_input_sample": False,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 32,
-    "time_embedding_type": "positional",
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
 
 
 def test_cifar10_ho2020_is_the_network_of_the_published_weights() -> None:

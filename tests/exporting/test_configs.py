@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from presets import GOOGLE_DDPM_CIFAR10_32
 from random_runs import TINY_UNET, make_run
 
 from ddpm_dist.build import build_model, build_process
@@ -63,25 +64,6 @@ def test_the_variance_has_its_name_there(loaded: LoadedRun, ours: str, theirs: s
     assert scheduler.config.clip_sample is False, "our ancestral sampler does not clip"
 
 
-HO_CIFAR10 = {  # https://huggingface.co/google/ddpm-cifar10-32/blob/main/config.json
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "block_out_channels": [128, 256, 256, 256],
-    "center_input_sample": False,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "in_channels": 3,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-06,
-    "norm_num_groups": 32,
-    "out_channels": 3,
-    "sample_size": 32,
-    "time_embedding_type": "positional",
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
 SINCE_THEN = {  # keys that UNet2DModel did not have then, with what it does without them; dropout is for training
     "dropout": 0.1,
     "downsample_type": "conv",
@@ -103,7 +85,9 @@ def test_the_network_of_ho_et_al_has_the_keys_of_their_published_one(tmp_path: P
         network = build_model(config, (3, 32, 32), 0, torch.device("meta"), channels_last=False)
         as_diffusers_has_it(network).save_config(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert {key: written[key] for key in HO_CIFAR10} == HO_CIFAR10
+    assert {key: written[key] for key in GOOGLE_DDPM_CIFAR10_32} == GOOGLE_DDPM_CIFAR10_32
     assert written["_class_name"] == "UNet2DModel"
-    later = {key: value for key, value in written.items() if key not in HO_CIFAR10 and not key.startswith("_")}
+    later = {
+        key: value for key, value in written.items() if key not in GOOGLE_DDPM_CIFAR10_32 and not key.startswith("_")
+    }
     assert later == SINCE_THEN

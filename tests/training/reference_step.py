@@ -108,6 +108,21 @@ def term_of_the_bound(
     return torch.where(t == 0, bits[1], bits[0])
 
 
+def mean_loss(
+    r: Any, table: Any, weight_of: Any, errors: Any, said: Any, v: Any, x_start: Any, x_t: Any, t: Any
+) -> Any:
+    """The mean loss of the images of a micro-batch, from the squared errors of the prediction and the variance."""
+    if r.weighting == "vlb":
+        return (1000 * term_of_the_bound(r, table, said, v, x_start, x_t, t)).mean()
+    if r.variance == "learned":
+        bound = 1000 * term_of_the_bound(r, table, said.detach(), v, x_start, x_t, t)
+        weights_now = 1 if weight_of is None else weight_of[t]
+        return (weights_now * errors.mean(dim=(1, 2, 3)) + r.vlb_weight * bound).mean()
+    if weight_of is None:
+        return errors.mean()
+    return (weight_of[t] * errors.mean(dim=(1, 2, 3))).mean()
+
+
 def train(images: Tensor, labels: Tensor, r: Any) -> tuple[Any, ...]:
     """Train on uint8 [N, C, H, W] images by a `Recipe`: the network, its averages, Adam, the scale, each step's log."""
     torch.manual_seed(derive_seed(r.seed, "weights"))
@@ -140,17 +155,7 @@ def train(images: Tensor, labels: Tensor, r: Any) -> tuple[Any, ...]:
                 output = model(x_t.contiguous(memory_format=layout), t, classes if r.classes else None)
             target = {"eps": noise, "x0": x_start, "v": signal * noise - sigma * x_start}[r.prediction]
             said, v = output.float().chunk(2, 1) if num_parts == 2 else (output.float(), output)
-            errors = (said - target).square()
-            if r.weighting == "vlb":
-                part = (1000 * term_of_the_bound(r, table, said, v, x_start, x_t, t)).mean() / divisor
-            elif num_parts == 2:
-                bound = 1000 * term_of_the_bound(r, table, said.detach(), v, x_start, x_t, t)
-                weights_now = 1 if weight_of is None else weight_of[t]
-                part = (weights_now * errors.mean(dim=(1, 2, 3)) + r.vlb_weight * bound).mean() / divisor
-            elif weight_of is None:
-                part = errors.mean() / divisor
-            else:
-                part = (weight_of[t] * errors.mean(dim=(1, 2, 3))).mean() / divisor
+            part = mean_loss(r, table, weight_of, (said - target).square(), said, v, x_start, x_t, t) / divisor
             (part * scale * (math.nan if step == r.nan_step else 1)).backward()
             loss += part.item() / late_divisor
             if micro == r.micro - 1:
